@@ -1,0 +1,6 @@
+#pragma once
+#include <nanobind/nanobind.h>
+
+namespace edgewise {
+void bind_probe(nanobind::module_& m);  // what the machine is and can do
+}  // namespace edgewise

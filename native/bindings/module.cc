@@ -1,0 +1,7 @@
+// The extension module edgewise.native._core: one bind function per area.
+#include "bindings/bindings.h"
+
+NB_MODULE(_core, m) {
+  m.doc() = "Native core of edgewise";
+  edgewise::bind_probe(m);
+}

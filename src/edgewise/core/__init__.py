@@ -1,0 +1,1 @@
+"""The nouns of edgewise: small immutable types that every room speaks in. NumPy only."""

@@ -1,0 +1,254 @@
+"""How a tensor is stored: dense, quantised, as a file's own blocks, factored or sparse. All of them nest.
+
+`Stored` is a protocol; `dense()` and `matmul()` are references for tests and export, never a fast path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewise.core.errors import InvalidValueError
+from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, bf16_to_float32, dequantize
+
+__all__ = ["BlockCodec", "Blocks", "Dense", "Factored", "LazyTensors", "QuantizedTensor", "Sparse", "Stored"]
+
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A tensor in some storage form. shape is the logical shape; nbytes is what it costs as stored."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def dense(self) -> Float32:
+        """The value as float32, of `shape`."""
+        ...
+
+    def matmul(self, x: Float32) -> Float32:
+        """x: (..., in) float32 -> (..., out) float32, for a (out, in) weight. Reference only."""
+        ...
+
+
+class _MatmulByDense:
+    """matmul written once for every storage form that has dense()."""
+
+    def matmul(self, x: Float32) -> Float32:
+        weight: Float32 = self.dense()  # type: ignore[attr-defined]
+        return np.asarray(x @ weight.T, dtype=np.float32)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Dense(_MatmulByDense):
+    """A plain array. number says what the bytes mean: float32, float16, or bfloat16 held as uint16."""
+
+    data: Array
+    number: NumberFormat = FP32
+
+    def __post_init__(self) -> None:
+        expected = {FP32: np.float32, FP16: np.float16, BF16: np.uint16}.get(self.number)
+        if expected is None:
+            raise InvalidValueError(f"Dense stores FP32, FP16 or BF16; given {self.number}; use QuantizedTensor")
+        if self.data.dtype != expected:
+            raise InvalidValueError(f"Dense {self.number} expects dtype {np.dtype(expected)}; given {self.data.dtype}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.data.nbytes)
+
+    def dense(self) -> Float32:
+        if self.number == BF16:
+            return bf16_to_float32(self.data)
+        return np.asarray(self.data, dtype=np.float32)
+
+    def __repr__(self) -> str:
+        return f"Dense({'x'.join(map(str, self.shape))} {self.number.name})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class QuantizedTensor(_MatmulByDense):
+    """Unpacked integer codes with their scales, as a compression method produces them.
+
+    codes: (out, in), int8 for signed elements, uint8 for unsigned ones and for indices into a codebook.
+    scales: (out, groups) float32, already rounded to the values of format.scale.
+    minima: (out, groups) float32 when format.zero is "min": value = code * scale + minimum.
+    zeros: (out, groups) float32 integers when format.zero is "int": value = (code - zero) * scale.
+    """
+
+    codes: Array
+    scales: Float32
+    format: QuantFormat
+    zeros: Float32 | None = None
+    minima: Float32 | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.format.nbytes(self.shape)
+
+    def dense(self) -> Float32:
+        return dequantize(self.codes, self.scales, self.format, zeros=self.zeros, minima=self.minima)
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor({'x'.join(map(str, self.shape))} {self.format})"
+
+
+class BlockCodec(Protocol):
+    """A file format's own block layout, such as GGUF's Q4_1: `block` values in `block_nbytes` bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def block_nbytes(self) -> int: ...
+
+    def decode(self, raw: NDArray[np.uint8]) -> Float32:
+        """raw: (rows, blocks * block_nbytes) uint8 -> (rows, blocks * block) float32."""
+        ...
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Blocks(_MatmulByDense):
+    """A tensor kept in a file's own blocks, byte for byte.
+
+    raw: (rows, bytes per row) uint8 with rows = prod(shape[:-1]).
+    """
+
+    raw: NDArray[np.uint8]
+    codec: BlockCodec
+    logical_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.logical_shape
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.raw.nbytes)
+
+    def dense(self) -> Float32:
+        return self.codec.decode(self.raw).reshape(self.logical_shape)
+
+    def __repr__(self) -> str:
+        return f"Blocks({'x'.join(map(str, self.shape))} {self.codec.name})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Factored:
+    """W = left @ right: left (out, rank), right (rank, in), each in any storage form."""
+
+    left: Stored
+    right: Stored
+
+    def __post_init__(self) -> None:
+        if self.left.shape[-1] != self.right.shape[0]:
+            raise InvalidValueError(
+                f"Factored expects left (out, r) and right (r, in); given {self.left.shape} and {self.right.shape}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left.shape[0], self.right.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+    def dense(self) -> Float32:
+        return self.left.dense() @ self.right.dense()
+
+    def matmul(self, x: Float32) -> Float32:
+        return self.left.matmul(self.right.matmul(x))
+
+    def __repr__(self) -> str:
+        return f"Factored({self.left!r} @ {self.right!r})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Sparse(_MatmulByDense):
+    """Only the non-zero values are stored.
+
+    encoding "n_m": of every m consecutive inputs n are kept; index (out, in/m*n) uint8 is each kept value's place
+    in its group of m; values (out, in/m*n) in any storage form. n_m = (n, m).
+    encoding "csr": index = column of each value, row_starts (out+1); values (1, nnz).
+    """
+
+    encoding: Literal["n_m", "csr"]
+    index: Array
+    values: Stored
+    logical_shape: tuple[int, int]
+    n_m: tuple[int, int] | None = None
+    row_starts: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.logical_shape
+
+    @property
+    def nbytes(self) -> int:
+        if self.encoding == "n_m":
+            assert self.n_m is not None
+            bits = max(1, (self.n_m[1] - 1).bit_length())
+            return self.values.nbytes + (self.index.size * bits + 7) // 8
+        assert self.row_starts is not None
+        return self.values.nbytes + int(self.index.nbytes) + int(self.row_starts.nbytes)
+
+    def dense(self) -> Float32:
+        out, inputs = self.logical_shape
+        weight = np.zeros((out, inputs), np.float32)
+        values = self.values.dense()
+        if self.encoding == "n_m":
+            assert self.n_m is not None
+            n, m = self.n_m
+            group = np.arange(self.index.shape[1]) // n
+            columns = group[None, :] * m + self.index
+            np.put_along_axis(weight, columns.astype(np.int64), values, axis=1)
+            return weight
+        assert self.row_starts is not None
+        rows = np.repeat(np.arange(out), np.diff(self.row_starts))
+        weight[rows, self.index] = values.reshape(-1)
+        return weight
+
+    def __repr__(self) -> str:
+        return f"Sparse({'x'.join(map(str, self.shape))} {self.encoding} {self.values!r})"
+
+
+class LazyTensors(Mapping[str, Stored]):
+    """Tensors by name, made when asked for. A maker is a function without arguments that returns a Stored."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Stored]]) -> None:
+        self._makers = dict(makers)
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __repr__(self) -> str:
+        return f"LazyTensors({len(self)} tensors)"

@@ -1,0 +1,1 @@
+"""What a workload costs on a device: device tables with every number sourced."""

@@ -1,0 +1,1 @@
+"""Texts and tokenizers: offline defaults, local files."""

@@ -1,0 +1,1 @@
+"""Run language models and encoders natively, from a Checkpoint to tokens."""

@@ -1,0 +1,1 @@
+"""One file per model family: a Checkpoint becomes a Plan."""

@@ -1,0 +1,1 @@
+"""The main job: number formats, KV format and context under a Budget, with a Pareto report."""

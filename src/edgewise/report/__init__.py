@@ -1,0 +1,1 @@
+"""A Report drawn as terminal table, Markdown, HTML, SVG plot or JSON."""
