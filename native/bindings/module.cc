@@ -4,4 +4,5 @@
 NB_MODULE(_core, m) {
   m.doc() = "Native core of edgewise";
   edgewise::bind_probe(m);
+  edgewise::bind_io(m);
 }
