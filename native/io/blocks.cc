@@ -226,8 +226,12 @@ void decode_blocks(BlockType type, const uint8_t* bytes, size_t n_blocks, float*
 }
 
 size_t first_nonfinite_block(BlockType type, const uint8_t* bytes, size_t n_blocks) {
-  if (type == BlockType::MXFP4) return n_blocks;  // every exponent byte decodes to a finite scale
   const size_t step = size_t(layout(type).nbytes);
+  if (type == BlockType::MXFP4) {  // above 252 the largest entry overflows; 255 is NaN by the MX specification
+    for (size_t i = 0; i < n_blocks; ++i)
+      if (bytes[i * step] > 252) return i;
+    return n_blocks;
+  }
   const ScalePlace place = type == BlockType::F32 || type == BlockType::BF16 ? ScalePlace{int(step) - 2, -1}
                                                                              : scale_place(type);
   // The top 16 bits of a float carry its whole exponent, as those of a bfloat16 do.

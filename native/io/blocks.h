@@ -52,6 +52,7 @@ bool can_encode(BlockType type);
 void encode_blocks(BlockType type, const float* values, size_t n_blocks, uint8_t* out);
 
 // The first block whose scale or minimum (for F32, F16, BF16: whose value) is NaN or infinite; n_blocks if none.
+// An MXFP4 exponent counts when its largest entry would overflow.
 size_t first_nonfinite_block(BlockType type, const uint8_t* bytes, size_t n_blocks);
 
 }  // namespace edgewise
