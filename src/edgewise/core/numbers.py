@@ -125,7 +125,7 @@ def _values(fmt: NumberFormat) -> NDArray[np.float64]:
     codes = np.arange(2**fmt.bits)
     if fmt.kind == "int":
         low, high = fmt.code_range
-        return np.arange(low, high + 1).astype(np.float64)
+        return np.arange(low, high + 1, dtype=np.float64)
     if fmt.kind == "codebook":
         return np.asarray(fmt.codebook, np.float64)
     if fmt.kind == "posit":
@@ -138,14 +138,15 @@ def _float_values(fmt: NumberFormat, codes: NDArray[Any]) -> NDArray[np.float64]
     bias = 2 ** (e_bits - 1) - 1
     mantissa = codes & (2**m_bits - 1)
     exponent = (codes >> m_bits) & (2**e_bits - 1)
-    sign = np.where((codes >> (e_bits + m_bits)) & 1, -1.0, 1.0) if fmt.signed else 1.0
+    negative = ((codes >> (e_bits + m_bits)) & 1).astype(bool) & fmt.signed
     if m_bits == 0 and not fmt.signed:  # E8M0: a bare exponent, its last code is NaN (OCP MX, section 5.4)
-        value = np.exp2(exponent.astype(np.float64) - bias)
-        value[-1] = np.nan
-        return value
+        scale: NDArray[np.float64] = np.exp2(exponent.astype(np.float64) - bias)
+        scale[-1] = np.nan
+        return scale
     normal = np.exp2(exponent.astype(np.float64) - bias) * (1 + mantissa / 2**m_bits)
     subnormal = np.exp2(1.0 - bias) * (mantissa / 2**m_bits)
-    value = sign * np.where(exponent == 0, subnormal, normal)
+    size = np.where(exponent == 0, subnormal, normal)
+    value: NDArray[np.float64] = np.where(negative, -size, size)
     if not fmt.finite_only:
         value[exponent == 2**e_bits - 1] = np.nan
     elif fmt.bits == 8:  # E4M3 keeps one NaN, at all ones (OCP FP8, table 1)
@@ -169,7 +170,7 @@ def _posit_value(code: int, bits: int, es: int) -> float:
     exponent = int(rest[:es].ljust(es, "0"), 2) if es else 0
     fraction_bits = rest[es:]
     fraction = int(fraction_bits, 2) / 2 ** len(fraction_bits) if fraction_bits else 0.0
-    value = 2.0 ** (regime * 2**es + exponent) * (1.0 + fraction)
+    value = math.ldexp(1.0 + fraction, regime * 2**es + exponent)
     return -value if negative else value
 
 
@@ -339,7 +340,7 @@ def round_to(x: NDArray[Any], number: NumberFormat) -> Float32:
     if number == FP32:
         return np.asarray(x, np.float32)
     if number == FP16:
-        return np.clip(x, -65504.0, 65504.0).astype(np.float16).astype(np.float32)
+        return np.asarray(np.clip(x, -65504.0, 65504.0).astype(np.float16), np.float32)
     if number == BF16:
         return bf16_to_float32(float32_to_bf16(np.asarray(x, np.float32)))
     return number.decode(number.encode(x))
@@ -405,7 +406,7 @@ def _scale_of(raw: Float32, number: NumberFormat) -> Float32:
     if number == E8M0:  # a power of two that holds the peak: round the exponent up
         with np.errstate(divide="ignore"):
             exponent = np.where(raw > 0, np.ceil(np.log2(np.where(raw > 0, raw, 1))), 0.0)
-        return np.exp2(np.clip(exponent, -127, 127)).astype(np.float32)
+        return np.asarray(np.exp2(np.clip(exponent, -127, 127)), np.float32)
     scale = round_to(raw, number)
     return np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
 
@@ -414,17 +415,17 @@ def dequantize(codes: NDArray[Any], scales: Float32, fmt: QuantFormat, *, zeros:
                minima: Float32 | None = None) -> Float32:
     """The values that codes stand for. Shapes as `quantize` returns them; result (out, in) float32."""
     inputs = codes.shape[-1]
-    values = fmt.element.decode(codes) if fmt.element.kind != "int" else codes.astype(np.float32)
+    values: Float32 = fmt.element.decode(codes) if fmt.element.kind != "int" else codes.astype(np.float32)
 
     def spread(per_group: Float32) -> Float32:
         if fmt.granularity.kind == "group":
-            return np.repeat(per_group, fmt.granularity.group, axis=1)[:, :inputs]
+            return np.asarray(np.repeat(per_group, fmt.granularity.group, axis=1)[:, :inputs], np.float32)
         return per_group  # (1, 1) or (out, 1): broadcasts
 
     if fmt.zero == "int":
         if zeros is None:
             raise InvalidValueError(f"{fmt} needs zeros to be dequantised")
-        return (values - spread(zeros)) * spread(scales)
+        return np.asarray((values - spread(zeros)) * spread(scales), np.float32)
     result = values * spread(scales)
     if fmt.zero == "min":
         if minima is None:
