@@ -243,6 +243,21 @@ class TestRope:
                 expected.append((1 - smooth) * self.plain(i) / self.FACTOR + smooth * self.plain(i))
         np.testing.assert_allclose(rope.inverse_frequency, expected, rtol=1e-7)
 
+    def test_divisors_of_a_gguf_file_stand_for_llama3(self):
+        scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 8}
+        scaled = plan_of(llama(rope_scaling=scaling)).layers[0].attention.rope
+        plain = plan_of(llama()).layers[0].attention.rope
+        assert not np.array_equal(scaled.inverse_frequency, plain.inverse_frequency)
+        divisors = Dense(plain.inverse_frequency / scaled.inverse_frequency)
+        rope = plan_of(without(llama(), **{"rope_freqs.weight": divisors})).layers[0].attention.rope
+        np.testing.assert_allclose(rope.inverse_frequency, scaled.inverse_frequency, rtol=2e-7)
+
+    @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
+    def test_impossible_divisors(self, bad):
+        with pytest.raises(FormatError, match=r"rope_freqs.weight.*finite and positive"):
+            plan_of(without(llama(), **{"rope_freqs.weight": Dense(np.float32([1.0, bad]))}))
+
     def test_yarn(self):
         """arXiv:2309.00071, equations 17 to 22, with the rounding of the ramp's ends that the authors' code does."""
         rope = self.frequencies(rope_type="yarn", original_max_position_embeddings=self.ORIGINAL)

@@ -32,10 +32,12 @@ Scaling = Callable[[Float64, float, Config, int, int], tuple[Float64, float]]
 """(theta, base, its section of the configuration, context, original context) -> scaled theta, attention factor."""
 
 
-def rope_of(config: Config, head_dim: int, context: int, *, base: float = 10_000.0, source: str = "") -> Rope:
+def rope_of(config: Config, head_dim: int, context: int, *, base: float = 10_000.0,
+            divisors: NDArray[np.float32] | None = None, source: str = "") -> Rope:
     """The rotary embedding of heads of `head_dim`. context: max_position_embeddings; base: the family's default.
 
     Reads `rope_scaling` and `rope_theta`, or `rope_parameters` which holds both.
+    divisors: (head_dim / 2,), by which frequencies are divided on top of that.
     """
     if head_dim % 2:
         raise FormatError(f"rotary heads have an even size; head_dim is {head_dim}", path=source or None)
@@ -59,6 +61,11 @@ def rope_of(config: Config, head_dim: int, context: int, *, base: float = 10_000
                                   scaling.integer("original_max_position_embeddings", context))
     theta = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     theta, factor = kind(theta, base, scaling or config, context, original)
+    if divisors is not None:
+        if not (np.isfinite(divisors) & (divisors > 0)).all():
+            raise FormatError("divisors of rotary frequencies are finite and positive; some are not",
+                              path=source or None, tensor="rope_freqs.weight")
+        theta = theta / divisors
     return Rope(theta.astype(np.float32), factor)
 
 

@@ -8,6 +8,9 @@ Head counts and the feed-forward width may be lists in the configuration, one nu
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, notice
 from edgewise.engine.archs._reading import FUNCTIONS, Config, Tensors
@@ -62,7 +65,7 @@ def plan(checkpoint: Checkpoint) -> Plan:
             for part, n in (("q", heads[i]), ("k", kv_heads[i]), ("v", kv_heads[i])))
         o = tensors.linear(f"{name}.self_attn.o_proj", hidden, heads[i] * head_dim, bias=attention_bias)
         if rope is None:  # after the first weights: head_dim is then one that the file really holds
-            rope = rope_of(config, head_dim, context, source=source)
+            rope = rope_of(config, head_dim, context, divisors=_divisors(tensors, head_dim), source=source)
         attention = Attention(q, k, v, o, heads[i], kv_heads[i], head_dim, head_dim**-0.5, rope, policy)
         gate, up = (tensors.linear(f"{name}.mlp.{part}_proj", widths[i], hidden, bias=feed_forward_bias)
                     for part in ("gate", "up"))
@@ -83,6 +86,11 @@ def _head(config: Config, tensors: Tensors, embedding: Linear, vocab: int, hidde
     if tied:
         return Linear(embedding.name, embedding.weight, None, embedding.activation)
     return tensors.linear("lm_head", vocab, hidden, bias=False)
+
+
+def _divisors(tensors: Tensors, head_dim: int) -> NDArray[np.float32] | None:
+    """What GGUF files of Llama 3 hold instead of its rotary scaling: a divisor for each frequency."""
+    return tensors.dense("rope_freqs.weight", (head_dim // 2,)) if "rope_freqs.weight" in tensors else None
 
 
 def _policy(arch: str, config: Config, source: str) -> AttentionPolicy:
