@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewise.core.errors import InvalidValueError
+from edgewise.core.errors import InvalidValueError, notice
 
 __all__ = [
     "BF16", "E4M3", "E5M2", "E8M0", "FP4", "FP16", "FP32", "INT1", "INT2", "INT3", "INT4", "INT5", "INT6", "INT7",
@@ -87,8 +87,16 @@ class NumberFormat:
         return float(np.nanmax(self.values()))
 
     def encode(self, x: NDArray[Any]) -> NDArray[Any]:
-        """Nearest codes, ties to even, saturating. int: int8/uint8/int16; otherwise uint8 or uint16 bit patterns."""
+        """Nearest codes, ties to even, saturating. int: int8/uint8/int16; otherwise uint8 or uint16 bit patterns.
+
+        NaN becomes the format's NaN code; a format without one raises InvalidValueError.
+        """
         x64 = np.asarray(x, dtype=np.float64)
+        nan = np.isnan(x64)
+        if nan.any():
+            codes = self.encode(np.where(nan, 0.0, x64))
+            codes[nan] = self._nan_code()
+            return codes
         if self.kind == "int":
             low, high = self.code_range
             # A one-bit signed integer has the codes -1 and 0; see TERNARY and INT1's codebook for sign formats.
@@ -98,8 +106,6 @@ class NumberFormat:
         if self == FP16:
             limit = np.float64(65504.0)
             return np.clip(x64, -limit, limit).astype(np.float16).view(np.uint16)
-        if self == BF16:
-            return float32_to_bf16(x64.astype(np.float32))
         order, ordered = _sorted_values(self)
         above = np.clip(np.searchsorted(ordered, x64), 1, len(ordered) - 1)
         low_gap = x64 - ordered[above - 1]
@@ -115,7 +121,20 @@ class NumberFormat:
             return np.asarray(codes).astype(np.float32)
         if self == FP32:
             return np.asarray(codes).view(np.float32)
-        return self.values()[np.asarray(codes).astype(np.int64)].astype(np.float32)
+        if self == FP16:
+            return np.asarray(np.asarray(codes, np.uint16).view(np.float16), np.float32)
+        if self == BF16:
+            return bf16_to_float32(codes)
+        return _decoded(self)[np.asarray(codes).astype(np.int64)]
+
+    def _nan_code(self) -> int:
+        if self.kind in ("float", "posit") and self.bits <= 16:
+            codes = np.flatnonzero(np.isnan(self.values()))
+            if len(codes):
+                # IEEE-like formats have many: the positive quiet one. One bit of mantissa and above, its top bit set.
+                quiet = (2**self.exponent_bits - 1) << self.mantissa_bits | 1 << max(self.mantissa_bits - 1, 0)
+                return int(quiet) if quiet in codes and not self.finite_only else int(codes[0])
+        raise InvalidValueError(f"{self.name} has no code for NaN")
 
 
 @lru_cache(maxsize=64)
@@ -152,6 +171,18 @@ def _float_values(fmt: NumberFormat, codes: NDArray[Any]) -> NDArray[np.float64]
     elif fmt.bits == 8:  # E4M3 keeps one NaN, at all ones (OCP FP8, table 1)
         value[(codes & 0x7F) == 0x7F] = np.nan
     return value
+
+
+@lru_cache(maxsize=64)
+def _decoded(fmt: NumberFormat) -> Float32:
+    """Every code's value as float32, infinities included."""
+    table = fmt.values().astype(np.float32)
+    if fmt.kind == "float" and not fmt.finite_only:
+        infinity = (2**fmt.exponent_bits - 1) << fmt.mantissa_bits
+        table[infinity] = np.inf
+        if fmt.signed:
+            table[infinity | 1 << (fmt.bits - 1)] = -np.inf
+    return table
 
 
 def _posit_value(code: int, bits: int, es: int) -> float:
@@ -278,8 +309,8 @@ class QuantFormat:
         if zero not in ("none", "int", "min"):
             raise InvalidValueError(f"zero {zero!r} in {text!r}: expected none, int or min")
         if zero != "none":
-            if element.kind != "int":
-                raise InvalidValueError(f"{text!r}: a zero point needs an integer element")
+            if element.kind != "int" or element.restricted:
+                raise InvalidValueError(f"{text!r}: a zero point needs an integer element that is not restricted")
             element = replace(element, signed=False, label="")
         return cls(element, granularity, _BY_NAME[scale_name], zero)  # type: ignore[arg-type]
 
@@ -342,7 +373,8 @@ def round_to(x: NDArray[Any], number: NumberFormat) -> Float32:
     if number == FP16:
         return np.asarray(np.clip(x, -65504.0, 65504.0).astype(np.float16), np.float32)
     if number == BF16:
-        return bf16_to_float32(float32_to_bf16(np.asarray(x, np.float32)))
+        limit = np.float32(BF16.max_value)
+        return bf16_to_float32(float32_to_bf16(np.clip(np.asarray(x, np.float32), -limit, limit)))
     return number.decode(number.encode(x))
 
 
@@ -368,6 +400,8 @@ def quantize(x: NDArray[Any], fmt: QuantFormat) -> tuple[NDArray[Any], Float32, 
     x = np.asarray(x, np.float32)
     if x.ndim != 2:
         raise InvalidValueError(f"quantize expects a (out, in) array; given shape {x.shape}")
+    if x.size == 0:
+        raise InvalidValueError(f"quantize expects at least one value; given shape {x.shape}")
     if not np.isfinite(x).all():
         row, column = np.argwhere(~np.isfinite(x))[0]
         raise InvalidValueError(f"quantize expects finite values; element ({row}, {column}) is {x[row, column]}")
@@ -377,8 +411,7 @@ def quantize(x: NDArray[Any], fmt: QuantFormat) -> tuple[NDArray[Any], Float32, 
     zero: Float32 | None = None
     if fmt.zero == "none":
         if fmt.element.kind == "int":
-            low, high = fmt.element.code_range
-            limit = float(min(-low, high)) if fmt.element.restricted or low == 0 else float(high)
+            limit = float(fmt.element.code_range[1])
         else:
             limit = fmt.element.max_value
         peak = np.abs(grouped).max(axis=-1, keepdims=True)
@@ -407,6 +440,9 @@ def _scale_of(raw: Float32, number: NumberFormat) -> Float32:
         with np.errstate(divide="ignore"):
             exponent = np.where(raw > 0, np.ceil(np.log2(np.where(raw > 0, raw, 1))), 0.0)
         return np.asarray(np.exp2(np.clip(exponent, -127, 127)), np.float32)
+    if raw.max() > number.max_value:
+        notice("clamp", f"a scale of {raw.max():.3g} is above the largest {number}; its values are clipped",
+               where="quantize")
     scale = round_to(raw, number)
     return np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
 
