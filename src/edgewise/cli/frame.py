@@ -20,16 +20,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import typer
 import typer.core
 import typer.main
 
 from edgewise.core.errors import EdgewiseError, InvalidValueError, Notice, collect_notices
-
-if TYPE_CHECKING:  # `edgewise --help` must not wait for NumPy
-    from edgewise.core.report import Report
+from edgewise.core.report import Report
 
 __all__ = ["LazyGroup", "Output", "bytes_option", "current", "parse_bytes", "parse_seconds", "seconds_option",
            "verb_app", "wrap"]

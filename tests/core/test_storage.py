@@ -1,0 +1,119 @@
+"""Every storage form: shape, bytes, dense(), matmul(); nesting; laziness."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgewise.core.errors import InvalidValueError
+from edgewise.core.numbers import BF16, FP16, INT8, QuantFormat, float32_to_bf16, quantize
+from edgewise.core.storage import Blocks, Dense, Factored, LazyTensors, QuantizedTensor, Sparse, Stored
+
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.normal(size=(6, 8)).astype(np.float32)
+
+
+def quantized(text: str, weight: np.ndarray = WEIGHT) -> QuantizedTensor:
+    fmt = QuantFormat.parse(text)
+    codes, scales, extra = quantize(weight, fmt)
+    return QuantizedTensor(codes, scales, fmt, zeros=extra if fmt.zero == "int" else None,
+                           minima=extra if fmt.zero == "min" else None)
+
+
+class TwoHalves:
+    """A codec of two float16 values in four bytes."""
+
+    name, block, block_nbytes = "halves", 2, 4
+
+    def decode(self, raw):
+        return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
+
+
+def n_m() -> Sparse:
+    index = np.array([[0, 3, 1, 2]] * 6, np.uint8)
+    return Sparse("n_m", index, Dense(np.arange(1, 25, dtype=np.float32).reshape(6, 4)), (6, 8), n_m=(2, 4))
+
+
+def csr() -> Sparse:
+    rows, columns = np.nonzero(WEIGHT > 0)
+    starts = np.concatenate([[0], np.cumsum((WEIGHT > 0).sum(axis=1))])
+    return Sparse("csr", columns, Dense(WEIGHT[rows, columns][None]), (6, 8), row_starts=starts)
+
+
+FORMS = {
+    "float32": (Dense(WEIGHT), 192),
+    "float16": (Dense(WEIGHT.astype(np.float16), FP16), 96),
+    "bfloat16": (Dense(float32_to_bf16(WEIGHT), BF16), 96),
+    "int4 min": (quantized("int4/g4/fp16/min"), 24 + 6 * 2 * 4),
+    "int8 zero": (quantized("int8/axis/fp32/int"), 48 + 6 * 5),
+    "blocks": (Blocks(WEIGHT.astype(np.float16).view(np.uint8), TwoHalves(), (6, 8)), 96),
+    "factored": (Factored(Dense(WEIGHT[:, :3].copy()), quantized("int8/axis", WEIGHT[:3])), 72 + 24 + 6),
+    "n_m": (n_m(), 96 + 6 * 4 * 2 // 8),
+    "csr": (csr(), None),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_keeps_the_protocol(name):
+    stored, nbytes = FORMS[name]
+    assert isinstance(stored, Stored)
+    assert stored.shape == (6, 8)
+    dense = stored.dense()
+    assert (dense.shape, dense.dtype) == ((6, 8), np.float32)
+    x = RNG.normal(size=(2, 3, 8)).astype(np.float32)
+    np.testing.assert_allclose(stored.matmul(x), x @ dense.T, rtol=1e-5, atol=1e-5)
+    if nbytes is not None:
+        assert stored.nbytes == nbytes
+    assert "\n" not in repr(stored)
+    assert len(repr(stored)) < 120
+
+
+def test_dense_means_what_its_number_says():
+    half = WEIGHT.astype(np.float16)
+    np.testing.assert_array_equal(Dense(half, FP16).dense(), half.astype(np.float32))
+    np.testing.assert_allclose(FORMS["bfloat16"][0].dense(), WEIGHT, rtol=2**-8)
+
+
+@pytest.mark.parametrize(("data", "number", "message"), [
+    (WEIGHT.astype(np.float64), None, "float64"), (WEIGHT, FP16, "expects dtype float16"), (WEIGHT, INT8, "int8"),
+])
+def test_dense_refuses(data, number, message):
+    with pytest.raises(InvalidValueError, match=message):
+        Dense(data) if number is None else Dense(data, number)
+
+
+def test_n_m_places_values():
+    row = n_m().dense()[0]
+    assert row.tolist() == [1, 0, 0, 2, 0, 3, 4, 0]
+
+
+def test_csr_places_values():
+    np.testing.assert_array_equal(csr().dense(), np.where(WEIGHT > 0, WEIGHT, 0))
+
+
+def test_factored_needs_one_rank():
+    with pytest.raises(InvalidValueError, match=r"\(6, 3\) and \(2, 8\)"):
+        Factored(Dense(WEIGHT[:, :3].copy()), Dense(WEIGHT[:2].copy()))
+
+
+def test_blocks_of_three_dimensions():
+    blocks = Blocks(WEIGHT.astype(np.float16).view(np.uint8), TwoHalves(), (2, 3, 8))
+    assert blocks.dense().shape == (2, 3, 8)
+
+
+def test_lazy_tensors_are_made_when_asked_for():
+    made = []
+
+    def maker(name):
+        def make():
+            made.append(name)
+            return Dense(WEIGHT)
+
+        return make
+
+    tensors = LazyTensors({name: maker(name) for name in "ab"})
+    assert (list(tensors), len(tensors), "a" in tensors, "c" in tensors, made) == (["a", "b"], 2, True, False, [])
+    assert tensors["b"].shape == (6, 8)
+    assert made == ["b"]
+    with pytest.raises(KeyError):
+        tensors["c"]
