@@ -2,10 +2,14 @@
 #include <nanobind/stl/string.h>
 
 #include <memory>
+#include <span>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "bindings/bindings.h"
 #include "io/blocks.h"
+#include "io/gguf.h"
 
 namespace nb = nanobind;
 
@@ -81,6 +85,55 @@ nb::dict layouts() {
   return all;
 }
 
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::span<const uint8_t> span_of(const Bytes& file) { return {file.data(), file.size()}; }
+
+// A GgufError becomes a ValueError whose arguments are (message, byte offset, tensor name, unsupported).
+[[noreturn]] void raise(const GgufError& error) {
+  nb::tuple arguments = nb::make_tuple(nb::str(error.what()), error.offset,
+                                       nb::bytes(error.tensor.data(), error.tensor.size()), error.unsupported);
+  PyErr_SetObject(PyExc_ValueError, arguments.ptr());
+  throw nb::python_error();
+}
+
+// UTF-8 as Python text.
+nb::object text_at(std::string_view bytes, size_t offset, const char* what) {
+  PyObject* text = PyUnicode_DecodeUTF8(bytes.data(), Py_ssize_t(bytes.size()), nullptr);
+  if (text != nullptr) return nb::steal(text);
+  PyErr_Clear();
+  raise(GgufError(std::string(what) + " is not valid UTF-8", offset));
+}
+
+nb::tuple header(Bytes file) try {
+  const std::span<const uint8_t> bytes = span_of(file);
+  const GgufHeader parsed = parse_gguf(bytes);
+  nb::list keys, tensors;
+  for (const GgufKey& key : parsed.keys)
+    keys.append(nb::make_tuple(text_at(key.name, size_t(key.name.data() - (const char*)bytes.data()), "a key's name"),
+                               int(key.type), key.is_array, key.count, key.offset));
+  for (const GgufTensor& tensor : parsed.tensors) {
+    nb::list shape;
+    for (int i = tensor.dimensions - 1; i >= 0; --i) shape.append(tensor.shape[i]);
+    tensors.append(nb::make_tuple(
+        text_at(tensor.name, size_t(tensor.name.data() - (const char*)bytes.data()), "a tensor's name"),
+        layout(tensor.type).name, nb::tuple(shape), tensor.offset, tensor.nbytes));
+  }
+  return nb::make_tuple(parsed.version, parsed.alignment, parsed.data_offset, keys, tensors);
+} catch (const GgufError& error) {
+  raise(error);
+}
+
+nb::list strings(Bytes file, size_t offset, uint64_t count) try {
+  nb::list texts;
+  walk_gguf_strings(span_of(file), offset, count, [&](std::string_view bytes, size_t at) {
+    texts.append(text_at(bytes, at, "a string"));
+  });
+  return texts;
+} catch (const GgufError& error) {
+  raise(error);
+}
+
 }  // namespace
 
 void bind_io(nb::module_& m) {
@@ -91,6 +144,11 @@ void bind_io(nb::module_& m) {
         "values: (rows, columns) float32, contiguous -> (rows, bytes per row) uint8");
   m.def("first_nonfinite_block", &nonfinite, nb::arg("type_name"), nb::arg("raw").noconvert(),
         "raw: (rows, bytes per row) uint8 -> index of the first block with a NaN or infinite scale, or -1");
+  m.def("parse_gguf", &header, nb::arg("file").noconvert(),
+        "file: uint8 -> (version, alignment, data offset, [(key, type, is array, count, offset)], "
+        "[(tensor, type name, shape, offset, nbytes)]); ValueError(message, offset, tensor, unsupported)");
+  m.def("gguf_strings", &strings, nb::arg("file").noconvert(), nb::arg("offset"), nb::arg("count"),
+        "The strings of a key, as parse_gguf places them");
 }
 
 }  // namespace edgewise

@@ -1,0 +1,160 @@
+"""GGUF files as Checkpoints: Hugging Face's names, keys and rotary layout, tensors as views of the mapped file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewise.core.checkpoint import Checkpoint
+from edgewise.core.errors import FormatError, notice
+from edgewise.core.storage import Blocks, Dense, LazyTensors, Stored
+from edgewise.formats.gguf_config import config_of_keys, scaling_of_factors
+from edgewise.formats.gguf_file import GgufMetadata, GgufShards, read_gguf_raw
+from edgewise.formats.gguf_names import GgufArch, arch_of_file
+
+__all__ = ["check_finite", "interleave_rotary", "read_gguf", "read_gguf_raw", "split_rotary"]
+
+Array = NDArray[Any]
+_POOLING = {1: "mean", 2: "cls", 3: "last"}
+
+
+def read_gguf(path: str | Path) -> Checkpoint:
+    """A model from a GGUF file, or from all shards when given one of them.
+
+    Nothing is copied but the rows of query and key weights, whose rotary pairs are moved from GGUF's interleaved
+    order to rotate-half; they are copied each time they are asked for. A tensor with a NaN or infinite scale is
+    refused when it is first asked for. Raises SourceError, FormatError (file, tensor, byte offset), UnsupportedError.
+    """
+    shards = GgufShards.open(path)
+    path = Path(path)
+    metadata = shards.metadata
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise FormatError("key general.architecture is missing or not a string", path=path)
+    arch = arch_of_file(name, where=str(path))
+    config = config_of_keys(metadata, arch, path)
+    tensors = _tensors(shards, arch, config, path)
+    _complete_config(config, shards, arch, tensors, path)
+    return Checkpoint(
+        arch=config["model_type"], config=config, tensors=tensors, metadata=_metadata(metadata, arch, config, path),
+        source=str(path), files=tuple(str(file.path) for file in shards.files))
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Read the scales of every tensor once, so that one that is NaN or infinite is an error now.
+
+    Tensors of `read_gguf` check themselves when they are first asked for; this asks for all of them.
+    """
+    for name in checkpoint.tensors:
+        stored = checkpoint.tensors[name]
+        if isinstance(stored, Dense) and not np.isfinite(stored.dense()).all():
+            raise FormatError("holds values that are NaN or infinite", path=checkpoint.source or None, tensor=name)
+
+
+def _tensors(shards: GgufShards, arch: GgufArch, config: Mapping[str, Any], path: Path) -> LazyTensors:
+    makers: dict[str, Callable[[], Stored]] = {}
+    checked: set[str] = set()
+
+    def maker(name: str, heads: int | None) -> Callable[[], Stored]:
+        def make() -> Stored:
+            if name not in checked:
+                shards.home[name].check_finite(name)
+                checked.add(name)
+            stored = shards.stored(name)
+            return stored if heads is None else split_rotary(stored, heads)
+        return make
+
+    for name in shards.home:
+        theirs = arch.hf_name(name)
+        if theirs is None:
+            if name != "rope_freqs.weight":
+                notice("ignored", f"tensor {name} has no place in {arch.hf}", where=str(path))
+            continue
+        heads = arch.heads(name, config)
+        if heads is not None and shards.shape(name)[0] % (2 * heads):
+            raise FormatError(f"{shards.shape(name)[0]} rows do not divide into {heads} heads with rotary pairs",
+                              path=shards.home[name].path, tensor=name, offset=shards.home[name].tensors[name].offset)
+        makers[theirs] = maker(name, heads)
+    return LazyTensors(makers)
+
+
+def _complete_config(config: dict[str, Any], shards: GgufShards, arch: GgufArch, tensors: Mapping[str, Stored],
+                     path: Path) -> None:
+    """What a GGUF file says by its tensors: vocabulary, tied output, biases, Llama 3's rotary scaling."""
+    if "token_embd.weight" not in shards.home:
+        raise FormatError("there is no tensor token_embd.weight", path=path)
+    config["vocab_size"] = shards.shape("token_embd.weight")[0]
+    layers = {int(found[1]) for name in shards.home if (found := re.match(r"blk\.(\d{1,6})\.", name))}
+    if len(layers) != config["num_hidden_layers"] or layers != set(range(len(layers))):
+        raise FormatError(f"key {arch.gguf}.block_count is {config['num_hidden_layers']}, but the tensors are of "
+                          f"{len(layers)} layers", path=path)
+    if "output" in arch.tensors:
+        config["tie_word_embeddings"] = "output.weight" not in shards.home
+        config["attention_bias"] = "blk.0.attn_q.bias" in shards.home
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in shards.home
+        if "sliding_window" in config:
+            config["model_type"] = "mistral"
+        if "rope_freqs.weight" in shards.home:
+            config["rope_scaling"] = scaling_of_factors(shards.stored("rope_freqs.weight").dense(), config, path)
+    elif "token_types.weight" in shards.home:
+        config["type_vocab_size"] = shards.shape("token_types.weight")[0]
+
+
+def _metadata(metadata: GgufMetadata, arch: GgufArch, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    if "tokenizer.ggml.model" in metadata:
+        made["tokenizer"] = metadata.below("tokenizer.")
+    for key, name in (("tokenizer.chat_template", "chat_template"), ("general.name", "name"),
+                      ("general.license", "licence")):
+        if isinstance(metadata.get(key), str):
+            made[name] = metadata[key]
+    pooling = metadata.integer(f"{arch.gguf}.pooling_type", 0)
+    if pooling in _POOLING:
+        made["pooling"] = _POOLING[pooling]
+    made["generation"] = _generation(metadata, config, path)
+    return made
+
+
+def _generation(metadata: GgufMetadata, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """generation_config.json: begin, padding, and every token that ends an answer."""
+    found: dict[str, int] = {}
+    for name in ("bos", "eos", "eot", "eom", "padding"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        token = metadata.integer(key, -1)
+        if 0 <= token < config["vocab_size"]:
+            found[name] = token
+        elif key in metadata and token not in (-1, 2**32 - 1):  # both mean: none
+            notice("ignored", f"{key} is {token}, outside the vocabulary of {config['vocab_size']}", where=str(path))
+    ends = list(dict.fromkeys(found[name] for name in ("eos", "eot", "eom") if name in found))
+    generation: dict[str, Any] = {}
+    if ends:
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    if "bos" in found:
+        generation["bos_token_id"] = found["bos"]
+    if "padding" in found:
+        generation["pad_token_id"] = found["padding"]
+    return generation
+
+
+def split_rotary(stored: Stored, heads: int) -> Stored:
+    """Rows from interleaved pairs (2j, 2j+1) to rotate-half (j, j + head_dim/2), head by head. (rows, ...)."""
+    return _move_rows(stored, lambda rows: rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2))
+
+
+def interleave_rotary(stored: Stored, heads: int) -> Stored:
+    """The inverse of split_rotary."""
+    return _move_rows(stored, lambda rows: rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2))
+
+
+def _move_rows(stored: Stored, move: Callable[[Array], Array]) -> Stored:
+    if isinstance(stored, Blocks) and len(stored.shape) > 1:
+        return replace(stored, raw=np.ascontiguousarray(move(stored.raw)).reshape(stored.raw.shape))
+    if isinstance(stored, Dense):
+        return replace(stored, data=np.ascontiguousarray(move(stored.data)).reshape(stored.data.shape))
+    return Dense(np.ascontiguousarray(move(stored.dense())).reshape(stored.shape))

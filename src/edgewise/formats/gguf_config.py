@@ -1,0 +1,177 @@
+"""GGUF's hyperparameter keys to config.json and back, rotary scaling included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewise.core.errors import FormatError, UnsupportedError, notice
+from edgewise.formats.gguf_file import GgufMetadata
+from edgewise.formats.gguf_names import GgufArch
+
+__all__ = ["config_of_keys", "keys_of_config", "llama3_factors", "scaling_of_factors"]
+
+Float32 = NDArray[np.float32]
+
+# Keys below "<arch>." that say nothing a config.json would say, or are handled by name below.
+_SILENT = {"rope.dimension_count", "attention.value_length", "attention.causal", "pooling_type", "expert_count",
+           "expert_used_count"}
+_LARGEST = 1 << 31
+
+
+def config_of_keys(metadata: GgufMetadata, arch: GgufArch, path: Path) -> dict[str, Any]:
+    """config.json of a file's keys. Numbers are checked to be of their kind; keys without a place are reported."""
+    config: dict[str, Any] = {"model_type": arch.hf, **arch.constants}
+    prefix = f"{arch.gguf}."
+    for key in metadata.below(prefix):
+        name = key.removeprefix(prefix)
+        if name in arch.keys:
+            config[arch.keys[name]] = _number(metadata, key, path)
+        elif name not in _SILENT and not name.startswith("rope.scaling."):
+            notice("ignored", f"key {key} has no place in the configuration of {arch.hf}", where=str(path))
+    for key, name in ((k, n) for k, n in arch.keys.items() if n in arch.required and n not in config):
+        raise FormatError(f"key {prefix}{key} is missing, which {arch.hf} needs as {name}", path=path)
+    for name, value in arch.defaults.items():
+        config.setdefault(name, value)
+    if metadata.integer(f"{prefix}expert_count", 0) > 0:
+        raise UnsupportedError(f"{path}: a mixture of experts of {arch.gguf!r}, which edgewise does not run")
+    if "num_attention_heads" in config and "rms_norm_eps" in config:
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+        _check_heads(metadata, config, prefix, path)
+    if "rope_theta" in config:
+        config["rope_scaling"] = _scaling(metadata, prefix, config, path)
+    return config
+
+
+def _number(metadata: GgufMetadata, key: str, path: Path) -> int | float:
+    """A positive number; an array is taken when all its elements are equal."""
+    value = metadata[key]
+    offset = metadata.offset(key)
+    if isinstance(value, np.ndarray) and value.size and bool((value == value[0]).all()):
+        value = value[0].item()
+    if isinstance(value, (np.ndarray, list)):
+        raise UnsupportedError(f"{path}: {key} differs from layer to layer, which edgewise does not run")
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+        raise FormatError(f"key {key} is not a number", path=path, offset=offset)
+    if not math.isfinite(value) or not 0 < value < _LARGEST:
+        raise FormatError(f"key {key} is {value}; expected a positive number below 2^31", path=path, offset=offset)
+    if isinstance(value, float):
+        return float(str(np.float32(value)))  # 1e-05 rather than 9.999999747378752e-06
+    return value
+
+
+def _check_heads(metadata: GgufMetadata, config: dict[str, Any], prefix: str, path: Path) -> None:
+    heads = config["num_attention_heads"]
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim"):
+        if name in config and not isinstance(config[name], int):
+            raise FormatError(f"the key of {name} holds {config[name]}, which is not an integer", path=path)
+    if "head_dim" not in config:
+        if config["hidden_size"] % heads:
+            raise FormatError(f"{prefix}embedding_length {config['hidden_size']} is not a multiple of "
+                              f"{prefix}attention.head_count {heads}", path=path)
+        config["head_dim"] = config["hidden_size"] // heads
+    if heads % config["num_key_value_heads"]:
+        raise FormatError(f"{prefix}attention.head_count {heads} is not a multiple of head_count_kv "
+                          f"{config['num_key_value_heads']}", path=path)
+    for key in ("rope.dimension_count", "attention.value_length"):
+        size = metadata.integer(prefix + key, config["head_dim"])
+        if size != config["head_dim"]:
+            raise UnsupportedError(f"{path}: {prefix}{key} is {size} where heads have {config['head_dim']} dimensions; "
+                                   "edgewise runs this architecture with both equal")
+
+
+def _scaling(metadata: GgufMetadata, prefix: str, config: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    kind = metadata.get(f"{prefix}rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedError(f"{path}: {prefix}rope.scaling.type is {str(kind)[:40]!r}; "
+                               "expected none, linear or yarn")
+    factor = f"{prefix}rope.scaling.factor"
+    scaling: dict[str, Any] = {
+        "rope_type": kind, "factor": float(_number(metadata, factor, path)) if factor in metadata else 1.0}
+    original = f"{prefix}rope.scaling.original_context_length"
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = (
+            _number(metadata, original, path) if original in metadata else config["max_position_embeddings"])
+        for ours, theirs in _YARN.items():
+            if (key := f"{prefix}rope.scaling.{ours}") in metadata:
+                scaling[theirs] = _number(metadata, key, path)
+    return scaling
+
+
+_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "attn_factor": "attention_factor"}
+
+
+def llama3_factors(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> Float32:
+    """What Llama 3 divides each rotary frequency by, (head_dim / 2,) float32, as GGUF keeps it in rope_freqs.
+
+    Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor
+    are kept, and in between the frequency goes linearly from one to the other.
+    """
+    size = int(config["head_dim"])
+    frequency = float(config["rope_theta"]) ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+    turns = float(scaling["original_max_position_embeddings"]) * frequency / (2 * np.pi)
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - smooth) / float(scaling["factor"]) + smooth)).astype(np.float32)
+
+
+def scaling_of_factors(factors: Float32, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The rope_scaling of config.json that gives these factors: Llama 3's, whose other constants never varied."""
+    if factors.shape != (config["head_dim"] // 2,) or not np.isfinite(factors).all() or factors.min() <= 0:
+        raise FormatError(f"expected {config['head_dim'] // 2} positive factors; found shape {factors.shape}",
+                          path=path, tensor="rope_freqs.weight")
+    scaling = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}
+    if not np.allclose(llama3_factors(config, scaling), factors, rtol=1e-4, atol=0):
+        raise UnsupportedError(f"{path}, tensor 'rope_freqs.weight': these factors are not those of Llama 3's rule "
+                               f"with {scaling}; edgewise knows no other rule that is stored this way")
+    return scaling
+
+
+def keys_of_config(config: Mapping[str, Any], arch: GgufArch, *, where: str) -> dict[str, Any]:
+    """GGUF's hyperparameter keys of a config.json, prefix included; integers as int, the rest as float."""
+    config = {**arch.defaults, **config}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    config.setdefault("rope_theta", rope.get("rope_theta"))
+    if rope.get("rope_theta") is not None:
+        config["rope_theta"] = rope["rope_theta"]
+    keys: dict[str, Any] = {}
+    for key, name in arch.keys.items():
+        value = config.get(name)
+        if value is not None:
+            keys[f"{arch.gguf}.{key}"] = float(value) if name.endswith(("_eps", "_theta")) else int(value)
+    if missing := [name for name in arch.required if config.get(name) is None]:
+        raise FormatError(f"the configuration lacks {', '.join(missing)}, which a GGUF file of {arch.gguf} needs",
+                          path=where or None)
+    for name, value in arch.constants.items():
+        if config.get(name, value) != value:
+            raise UnsupportedError(f"{where}: {name} is {config[name]!r}; GGUF's {arch.gguf} implies {value!r} and has "
+                                   "no key for another")
+    if "rope.freq_base" in arch.keys:
+        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        keys[f"{arch.gguf}.rope.dimension_count"] = int(size)
+        keys.setdefault(f"{arch.gguf}.attention.head_count_kv", keys[f"{arch.gguf}.attention.head_count"])
+        keys.update(_scaling_keys(rope, f"{arch.gguf}.rope.scaling.", where))
+    else:
+        keys[f"{arch.gguf}.attention.causal"] = False
+    return keys
+
+
+def _scaling_keys(rope: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", "llama3"):  # Llama 3's factors are a tensor
+        return {}
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedError(f"{where}: rotary scaling {kind!r} has no GGUF key; linear, yarn and llama3 have")
+    keys: dict[str, Any] = {f"{prefix}type": kind, f"{prefix}factor": float(rope["factor"])}
+    if "original_max_position_embeddings" in rope:
+        keys[f"{prefix}original_context_length"] = int(rope["original_max_position_embeddings"])
+    keys.update({prefix + ours: float(rope[theirs]) for ours, theirs in _YARN.items() if rope.get(theirs) is not None})
+    return keys
