@@ -1,0 +1,227 @@
+"""A slow executor of a Plan in NumPy, in the words of the papers. It is the judge of the native engine.
+
+`forward` computes in float64 unless asked otherwise. `MUTATIONS` are wrong models, each wrong in one way that is easy
+to get wrong; a check against another implementation is worth something when it rejects all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from edgewise.core.storage import Dense
+from edgewise.engine.plan import Attention, AttentionPolicy, FeedForward, Layer, Linear, Norm, Plan, Rope
+
+__all__ = ["MUTATIONS", "forward", "mutations_of", "round_activations"]
+
+
+def forward(plan: Plan, ids, *, token_types=None, dtype=np.float64, activations: str = "exact") -> np.ndarray:
+    """Logits (n, vocab) of a decoder, hidden states (n, hidden) of an encoder, for ids (n,).
+
+    activations: "exact" leaves the inputs of linears alone; "plan" rounds them as each linear's activation says.
+    """
+    ids = np.asarray(ids, np.int64)
+    run = _Run(dtype, activations == "plan")
+    h = plan.embedding.weight.dense()[ids].astype(dtype) * dtype(plan.embedding_scale)
+    if plan.token_type_embedding is not None:
+        types = np.zeros(len(ids), np.int64) if token_types is None else np.asarray(token_types)
+        h = h + plan.token_type_embedding[types]
+    if plan.position_embedding is not None:
+        h = h + plan.position_embedding[np.arange(len(ids)) + plan.position_offset]
+    if plan.embedding_norm is not None:
+        h = norm(plan.embedding_norm, h)
+    for layer in plan.layers:
+        if layer.order == "pre":
+            h = h + run.attention(layer.attention, norm(layer.attention_norm, h))
+            h = h + run.feed_forward(layer.feed_forward, norm(layer.feed_forward_norm, h))
+        else:
+            h = norm(layer.attention_norm, h + run.attention(layer.attention, h))
+            h = norm(layer.feed_forward_norm, h + run.feed_forward(layer.feed_forward, h))
+    if plan.final_norm is not None:
+        h = norm(plan.final_norm, h)
+    if plan.head is None:
+        return h
+    return run.linear(plan.head, h) * dtype(plan.logit_scale)
+
+
+def norm(parameters: Norm, x: np.ndarray) -> np.ndarray:
+    """x: (n, hidden). RMSNorm (arXiv:1910.07467, equation 4) or LayerNorm (arXiv:1607.06450)."""
+    rows = []
+    for row in x:
+        if parameters.kind == "rms":
+            row = row / np.sqrt(np.mean(row**2) + parameters.eps)
+        else:
+            row = (row - np.mean(row)) / np.sqrt(np.var(row) + parameters.eps)
+        rows.append(row * parameters.weight.astype(x.dtype))
+    y = np.stack(rows)
+    return y if parameters.bias is None else y + parameters.bias
+
+
+def rotate(rope: Rope, x: np.ndarray) -> np.ndarray:
+    """x: (n, head_dim). Dimension i and i + d/2 turn together by position * theta_i (rotate-half layout)."""
+    half = len(rope.inverse_frequency)
+    y = x.copy()
+    for position in range(len(x)):
+        angle = position * rope.inverse_frequency.astype(np.float64)
+        cosine = (np.cos(angle) * rope.attention_factor).astype(x.dtype)
+        sine = (np.sin(angle) * rope.attention_factor).astype(x.dtype)
+        first, second = x[position, :half], x[position, half:2 * half]
+        y[position, :half] = first * cosine - second * sine
+        y[position, half:2 * half] = second * cosine + first * sine
+    return y
+
+
+def sees(policy: AttentionPolicy, n: int) -> np.ndarray:
+    """(n, n) bool: may the query of that row see the key of that column?"""
+    mask = np.zeros((n, n), bool)
+    for query in range(n):
+        for key in range(n):
+            if policy.kind == "full":
+                mask[query, key] = True
+            elif policy.kind == "causal":
+                mask[query, key] = key <= query
+            else:
+                mask[query, key] = query - policy.window < key <= query
+    return mask
+
+
+def activate(function: str, x: np.ndarray) -> np.ndarray:
+    """silu: x sigmoid(x). gelu: x Phi(x), exactly or by its tanh formula (arXiv:1606.08415). relu."""
+    if function == "silu":
+        return x / (1 + np.exp(-x))
+    if function == "gelu":
+        return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[x.dtype])(x / math.sqrt(2)))
+    if function == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    assert function == "relu"
+    return np.maximum(x, 0)
+
+
+def round_activations(x: np.ndarray, block: int = 32) -> np.ndarray:
+    """x: (n, inputs) with each run of 32 inputs on the grid of its float32 scale max|x| / 127, ties to even."""
+    y = np.asarray(x, np.float32).copy()
+    for start in range(0, y.shape[1], block):
+        part = y[:, start:start + block]
+        scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
+        scale = np.where(scale > 0, scale, np.float32(1))
+        y[:, start:start + block] = np.rint(part / scale) * scale
+    return y.astype(x.dtype)
+
+
+class _Run:
+    def __init__(self, dtype, round_inputs: bool) -> None:
+        self.dtype = dtype
+        self.round_inputs = round_inputs
+
+    def linear(self, linear: Linear, x: np.ndarray) -> np.ndarray:
+        if self.round_inputs and linear.activation == "int8":
+            x = round_activations(x)
+        y = x @ linear.weight.dense().astype(self.dtype).T
+        return y if linear.bias is None else y + linear.bias
+
+    def attention(self, a: Attention, x: np.ndarray) -> np.ndarray:
+        """Query head j uses key and value head j // (heads / kv_heads) (arXiv:2305.13245)."""
+        n, d = len(x), a.head_dim
+        q, k, v = self.linear(a.q, x), self.linear(a.k, x), self.linear(a.v, x)
+        visible = sees(a.policy, n)
+        out = np.zeros((n, a.heads * d), self.dtype)
+        for head in range(a.heads):
+            group = head // (a.heads // a.kv_heads)
+            qh, kh, vh = q[:, head * d:(head + 1) * d], k[:, group * d:(group + 1) * d], v[:, group * d:(group + 1) * d]
+            if a.rope is not None:
+                qh, kh = rotate(a.rope, qh), rotate(a.rope, kh)
+            score = np.where(visible, qh @ kh.T * a.scale, -np.inf)
+            weight = np.exp(score - score.max(axis=1, keepdims=True))
+            out[:, head * d:(head + 1) * d] = (weight / weight.sum(axis=1, keepdims=True)) @ vh
+        return self.linear(a.o, out)
+
+    def feed_forward(self, f: FeedForward, x: np.ndarray) -> np.ndarray:
+        up = self.linear(f.up, x)
+        if f.gate is None:
+            return self.linear(f.down, activate(f.function, up))
+        return self.linear(f.down, activate(f.function, self.linear(f.gate, x)) * up)
+
+
+def _each_layer(change: Callable[[Layer], Layer]) -> Callable[[Plan], Plan]:
+    return lambda plan: replace(plan, layers=tuple(change(layer) for layer in plan.layers))
+
+
+def _each_attention(change: Callable[[Attention], Attention]) -> Callable[[Plan], Plan]:
+    return _each_layer(lambda layer: replace(layer, attention=change(layer.attention)))
+
+
+def _rows(linear: Linear, order: np.ndarray) -> Linear:
+    bias = None if linear.bias is None else linear.bias[order]
+    return replace(linear, weight=Dense(np.ascontiguousarray(linear.weight.dense()[order])), bias=bias)
+
+
+def _rope_base(a: Attention) -> Attention:
+    """Another base: theta_i = base^(-2i/d) becomes theta_i^1.1, so that base becomes base^1.1."""
+    return replace(a, rope=replace(a.rope, inverse_frequency=a.rope.inverse_frequency ** np.float32(1.1)))
+
+
+def _rope_layout(a: Attention) -> Attention:
+    """Neighbouring dimensions turn together, as in the original RoFormer and in GGUF's Llama files."""
+    order = np.arange(a.head_dim).reshape(-1, 2).T.reshape(-1)
+    return replace(a, q=_rows(a.q, np.concatenate([h * a.head_dim + order for h in range(a.heads)])),
+                   k=_rows(a.k, np.concatenate([h * a.head_dim + order for h in range(a.kv_heads)])))
+
+
+def _head_order(a: Attention) -> Attention:
+    """Query head j on key head j mod kv_heads; where every query head has its own, on the next one."""
+    heads = np.arange(a.heads)
+    heads = np.roll(heads, 1) if a.heads == a.kv_heads else heads.reshape(a.kv_heads, -1).T.reshape(-1)
+    order = (heads[:, None] * a.head_dim + np.arange(a.head_dim)).reshape(-1)
+    o = replace(a.o, weight=Dense(np.ascontiguousarray(a.o.weight.dense()[:, order])))
+    return replace(a, q=_rows(a.q, order), o=o)
+
+
+def _mask(a: Attention) -> Attention:
+    """Causal: the future too. Sliding: one position too many. Full: no future."""
+    other = {"causal": AttentionPolicy("full"), "full": AttentionPolicy("causal"),
+             "sliding": AttentionPolicy("sliding", a.policy.window + 1)}
+    return replace(a, policy=other[a.policy.kind])
+
+
+def _eps(parameters: Norm) -> Norm:
+    return replace(parameters, eps=parameters.eps * 10)
+
+
+MUTATIONS: dict[str, Callable[[Plan], Plan]] = {
+    "rope base": _each_attention(_rope_base),
+    "rope layout": _each_attention(_rope_layout),
+    "rope attention factor": _each_attention(
+        lambda a: replace(a, rope=replace(a.rope, attention_factor=a.rope.attention_factor * 1.05))),
+    "head order": _each_attention(_head_order),
+    "mask": _each_attention(_mask),
+    "scale": _each_attention(lambda a: replace(a, scale=a.scale * 1.05)),
+    "attention norm epsilon": _each_layer(lambda layer: replace(layer, attention_norm=_eps(layer.attention_norm))),
+    "feed-forward norm epsilon": _each_layer(
+        lambda layer: replace(layer, feed_forward_norm=_eps(layer.feed_forward_norm))),
+    "final norm epsilon": lambda plan: replace(plan, final_norm=_eps(plan.final_norm)),
+    "embedding norm epsilon": lambda plan: replace(plan, embedding_norm=_eps(plan.embedding_norm)),
+    "position offset": lambda plan: replace(plan, position_offset=plan.position_offset + 1),
+    "norm order": _each_layer(lambda layer: replace(layer, order="post" if layer.order == "pre" else "pre")),
+    "function": _each_layer(lambda layer: replace(layer, feed_forward=replace(
+        layer.feed_forward, function="gelu_tanh" if layer.feed_forward.function != "gelu_tanh" else "gelu"))),
+}
+"""Name -> a function that returns the plan with one mistake in it. The plan given is not modified."""
+
+
+def mutations_of(plan: Plan) -> list[str]:
+    """The names of MUTATIONS that change this plan: a BERT has no rotary embedding, a Llama no position table."""
+    absent: set[str] = set()
+    if plan.layers[0].attention.rope is None:
+        absent |= {"rope base", "rope layout", "rope attention factor"}
+    if all(layer.attention.kv_heads == 1 and layer.attention.heads > 1 for layer in plan.layers):
+        absent.add("head order")  # every query head has the one key head
+    if plan.final_norm is None:
+        absent.add("final norm epsilon")
+    if plan.embedding_norm is None:
+        absent.add("embedding norm epsilon")
+    if plan.position_embedding is None:
+        absent.add("position offset")
+    return [name for name in MUTATIONS if name not in absent]

@@ -1,0 +1,134 @@
+"""Small random models of `transformers`, as checkpoints of ours and as Hugging Face folders. Needs torch.
+
+Every parameter is random, norms and biases included, and large enough that attention is far from uniform: a model
+whose weights are nearly zero agrees with almost any mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgewise.core.checkpoint import Checkpoint
+from edgewise.core.storage import Dense
+
+__all__ = ["DECODERS", "ENCODERS", "POSITIONS", "VOCAB", "build", "checkpoint_of", "ids_of", "save", "torch_output"]
+
+VOCAB = 96
+POSITIONS = 80
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def _llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_decoder(changes)))
+
+
+def _mistral(**changes: Any) -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(MistralConfig(**_decoder(changes)))
+
+
+def _decoder(changes: dict[str, Any]) -> dict[str, Any]:
+    return {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-3,
+            "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager", **changes}
+
+
+def _encoder(family: str, **changes: Any) -> Any:
+    import transformers
+
+    config = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+              "num_attention_heads": 4, "max_position_embeddings": 128, "layer_norm_eps": 1e-3,
+              "attn_implementation": "eager", **changes}
+    return getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**config))
+
+
+DECODERS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: _llama(),
+    "llama tied": lambda: _llama(tie_word_embeddings=True),
+    "llama without groups": lambda: _llama(num_key_value_heads=4),
+    "llama one key head": lambda: _llama(num_key_value_heads=1),
+    "llama head size": lambda: _llama(head_dim=24),
+    "llama biases": lambda: _llama(attention_bias=True, mlp_bias=True),
+    "llama gelu": lambda: _llama(hidden_act="gelu_pytorch_tanh"),
+    "llama rope base": lambda: _llama(rope_parameters={"rope_type": "default", "rope_theta": 100_000.0}),
+    "llama rope linear": lambda: _llama(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    "llama rope dynamic": lambda: _llama(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
+    "llama rope llama3": lambda: _llama(rope_parameters={**LLAMA3, "rope_theta": 500_000.0}),
+    "llama rope yarn": lambda: _llama(rope_parameters={**YARN, "rope_theta": 1e4}),
+    "llama rope yarn options": lambda: _llama(rope_parameters={
+        **YARN, "rope_theta": 1e4, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.0,
+        "truncate": False}),
+    "mistral": lambda: _mistral(sliding_window=24),
+    "mistral head size": lambda: _mistral(sliding_window=7, head_dim=32),
+    "mistral without window": lambda: _mistral(sliding_window=None),
+}
+ENCODERS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: _encoder("Bert"),
+    "bert tanh": lambda: _encoder("Bert", hidden_act="gelu_new", type_vocab_size=3),
+    "roberta": lambda: _encoder("Roberta", type_vocab_size=1),
+    "roberta padding index": lambda: _encoder("Roberta", pad_token_id=3),
+    "xlm-roberta": lambda: _encoder("XLMRoberta", type_vocab_size=1),
+}
+
+
+def build(name: str, seed: int = 0) -> Any:
+    """The model of that name in DECODERS or ENCODERS with seeded random parameters, in evaluation mode, float32."""
+    import torch
+
+    model = {**DECODERS, **ENCODERS}[name]()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter_name.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(1 + 0.2 * noise)
+            elif "embed" in parameter_name:
+                parameter.copy_(0.3 * noise)
+            else:
+                peaked = any(part in parameter_name for part in ("q_proj", "k_proj", "query", "key"))
+                parameter.copy_((2.0 if peaked else 1.0) * noise / parameter.shape[1] ** 0.5)
+    return model.eval()
+
+
+def ids_of(model: Any, positions: int = POSITIONS, seed: int = 1) -> np.ndarray:
+    """Seeded token ids (positions,) that avoid the padding index, which encoders treat apart."""
+    padding = model.config.pad_token_id
+    allowed = np.array([i for i in range(VOCAB) if i != padding])
+    return np.random.default_rng(seed).choice(allowed, positions)
+
+
+def torch_output(model: Any, ids: np.ndarray, **inputs: Any) -> np.ndarray:
+    """Logits of a causal model, last hidden states of an encoder: (n, ...) float32."""
+    import torch
+
+    with torch.no_grad():
+        result = model(torch.tensor(np.asarray(ids))[None], **inputs)
+    output = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    return output[0].numpy()
+
+
+def checkpoint_of(model: Any) -> Checkpoint:
+    """The model as a Checkpoint of ours, straight from its parameters and configuration."""
+    tensors = {name: Dense(value.detach().numpy()) for name, value in model.state_dict().items()
+               if value.is_floating_point()}
+    if getattr(model.config, "tie_word_embeddings", False):
+        tensors.pop("lm_head.weight", None)
+    config = model.config.to_dict()
+    return Checkpoint(config["model_type"], config, tensors, source="tiny")
+
+
+def save(model: Any, folder: Path) -> Path:
+    """The model as a Hugging Face folder: config.json and model.safetensors."""
+    model.save_pretrained(folder, safe_serialization=True)
+    return folder
