@@ -98,3 +98,15 @@ def test_a_former_configuration_gives_the_same_plan(name):
     ids = np.arange(3, 20)
     with collect_notices():
         np.testing.assert_array_equal(forward(plan_of(older), ids), forward(plan_of(checkpoint), ids))
+
+
+@pytest.mark.parametrize("name", ["llama tied", "llama biases", "mistral", "bert", "roberta", "xlm-roberta"])
+def test_the_folder_that_transformers_writes_gives_the_same_plan(name, tmp_path):
+    from edgewise.formats import read_folder
+
+    model = tiny_models.build(name)
+    checkpoint = read_folder(tiny_models.save(model, tmp_path / "model"))
+    ids = tiny_models.ids_of(model, 16)
+    with collect_notices(strict=True):
+        plan = plan_of(checkpoint)
+    np.testing.assert_array_equal(forward(plan, ids), forward(plan_of(tiny_models.checkpoint_of(model)), ids))
