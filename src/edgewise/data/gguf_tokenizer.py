@@ -415,9 +415,9 @@ def _finish(keys: _Keys, vocab: _Vocabulary, backend: Tokenizer, *, add_bos: boo
     eos_id = keys.token("eos_token_id", count, default=eos)
     _add_special(vocab, backend, keys.where, extra=[vocab.tokens[i] for i in (bos_id, eos_id) if i is not None])
     around = ["$A"]
-    if bos_id is not None and keys.flag("add_bos_token", add_bos):
+    if keys.flag("add_bos_token", add_bos) and bos_id is not None:
         around.insert(0, vocab.tokens[bos_id])
-    if eos_id is not None and keys.flag("add_eos_token", add_eos):
+    if keys.flag("add_eos_token", add_eos) and eos_id is not None:
         around.append(vocab.tokens[eos_id])
     if len(around) > 1:
         ids = {token: vocab.ids[token] for token in around if token != "$A"}
