@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgewise.core.checkpoint import Checkpoint
+from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import FormatError, notice
-from edgewise.core.storage import Blocks, Dense, LazyTensors, Stored
-from edgewise.formats.gguf_config import config_of_keys, scaling_of_factors
+from edgewise.core.storage import Dense, LazyTensors, Stored
+from edgewise.formats.gguf_config import ROPE_DIVISORS, config_of_keys, scaling_of_divisors
 from edgewise.formats.gguf_file import GgufMetadata, GgufShards, read_gguf_raw
 from edgewise.formats.gguf_names import GgufArch, arch_of_file
+from edgewise.formats.gguf_rotary import split_rotary
+from edgewise.formats.gguf_writer import LINEAGE, write_gguf, write_gguf_raw
 
-__all__ = ["check_finite", "interleave_rotary", "read_gguf", "read_gguf_raw", "split_rotary"]
+__all__ = ["check_finite", "read_gguf", "read_gguf_raw", "write_gguf", "write_gguf_raw"]
 
-Array = NDArray[Any]
 _POOLING = {1: "mean", 2: "cls", 3: "last"}
 
 
@@ -40,10 +40,10 @@ def read_gguf(path: str | Path) -> Checkpoint:
     arch = arch_of_file(name, where=str(path))
     config = config_of_keys(metadata, arch, path)
     tensors = _tensors(shards, arch, config, path)
-    _complete_config(config, shards, arch, tensors, path)
+    _complete_config(config, shards, arch, path)
     return Checkpoint(
         arch=config["model_type"], config=config, tensors=tensors, metadata=_metadata(metadata, arch, config, path),
-        source=str(path), files=tuple(str(file.path) for file in shards.files))
+        lineage=_lineage(metadata, path), source=str(path), files=tuple(str(file.path) for file in shards.files))
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
@@ -57,7 +57,7 @@ def check_finite(checkpoint: Checkpoint) -> None:
             raise FormatError("holds values that are NaN or infinite", path=checkpoint.source or None, tensor=name)
 
 
-def _tensors(shards: GgufShards, arch: GgufArch, config: Mapping[str, Any], path: Path) -> LazyTensors:
+def _tensors(shards: GgufShards, arch: GgufArch, config: dict[str, Any], path: Path) -> LazyTensors:
     makers: dict[str, Callable[[], Stored]] = {}
     checked: set[str] = set()
 
@@ -73,7 +73,7 @@ def _tensors(shards: GgufShards, arch: GgufArch, config: Mapping[str, Any], path
     for name in shards.home:
         theirs = arch.hf_name(name)
         if theirs is None:
-            if name != "rope_freqs.weight":
+            if name != ROPE_DIVISORS:
                 notice("ignored", f"tensor {name} has no place in {arch.hf}", where=str(path))
             continue
         heads = arch.heads(name, config)
@@ -81,12 +81,17 @@ def _tensors(shards: GgufShards, arch: GgufArch, config: Mapping[str, Any], path
             raise FormatError(f"{shards.shape(name)[0]} rows do not divide into {heads} heads with rotary pairs",
                               path=shards.home[name].path, tensor=name, offset=shards.home[name].tensors[name].offset)
         makers[theirs] = maker(name, heads)
+    if ROPE_DIVISORS in shards.home:
+        scaling = scaling_of_divisors(shards.stored(ROPE_DIVISORS).dense(), config, path)
+        if scaling is None:  # no rule that config.json can name: the engine divides by the tensor itself
+            makers[ROPE_DIVISORS] = maker(ROPE_DIVISORS, None)
+        else:
+            config["rope_scaling"] = scaling
     return LazyTensors(makers)
 
 
-def _complete_config(config: dict[str, Any], shards: GgufShards, arch: GgufArch, tensors: Mapping[str, Stored],
-                     path: Path) -> None:
-    """What a GGUF file says by its tensors: vocabulary, tied output, biases, Llama 3's rotary scaling."""
+def _complete_config(config: dict[str, Any], shards: GgufShards, arch: GgufArch, path: Path) -> None:
+    """What a GGUF file says by its tensors: vocabulary, tied output, biases."""
     if "token_embd.weight" not in shards.home:
         raise FormatError("there is no tensor token_embd.weight", path=path)
     config["vocab_size"] = shards.shape("token_embd.weight")[0]
@@ -100,8 +105,6 @@ def _complete_config(config: dict[str, Any], shards: GgufShards, arch: GgufArch,
         config["mlp_bias"] = "blk.0.ffn_up.bias" in shards.home
         if "sliding_window" in config:
             config["model_type"] = "mistral"
-        if "rope_freqs.weight" in shards.home:
-            config["rope_scaling"] = scaling_of_factors(shards.stored("rope_freqs.weight").dense(), config, path)
     elif "token_types.weight" in shards.home:
         config["type_vocab_size"] = shards.shape("token_types.weight")[0]
 
@@ -109,16 +112,28 @@ def _complete_config(config: dict[str, Any], shards: GgufShards, arch: GgufArch,
 def _metadata(metadata: GgufMetadata, arch: GgufArch, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if "tokenizer.ggml.model" in metadata:
-        made["tokenizer"] = metadata.below("tokenizer.")
+        made["tokenizer"] = metadata.below("tokenizer.ggml.")
     for key, name in (("tokenizer.chat_template", "chat_template"), ("general.name", "name"),
                       ("general.license", "licence")):
         if isinstance(metadata.get(key), str):
             made[name] = metadata[key]
     pooling = metadata.integer(f"{arch.gguf}.pooling_type", 0)
     if pooling in _POOLING:
-        made["pooling"] = _POOLING[pooling]
+        made["pooling"] = {"mode": _POOLING[pooling], "normalize": True,
+                           "max_tokens": config.get("max_position_embeddings")}
     made["generation"] = _generation(metadata, config, path)
     return made
+
+
+def _lineage(metadata: GgufMetadata, path: Path) -> tuple[Step, ...]:
+    """The steps that write_gguf recorded."""
+    if LINEAGE not in metadata:
+        return ()
+    try:
+        return tuple(Step.from_json(step) for step in json.loads(metadata[LINEAGE]))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise FormatError(f"key {LINEAGE} is malformed: {error!r}"[:200], path=path,
+                          offset=metadata.offset(LINEAGE)) from None
 
 
 def _generation(metadata: GgufMetadata, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -140,21 +155,3 @@ def _generation(metadata: GgufMetadata, config: Mapping[str, Any], path: Path) -
     if "padding" in found:
         generation["pad_token_id"] = found["padding"]
     return generation
-
-
-def split_rotary(stored: Stored, heads: int) -> Stored:
-    """Rows from interleaved pairs (2j, 2j+1) to rotate-half (j, j + head_dim/2), head by head. (rows, ...)."""
-    return _move_rows(stored, lambda rows: rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2))
-
-
-def interleave_rotary(stored: Stored, heads: int) -> Stored:
-    """The inverse of split_rotary."""
-    return _move_rows(stored, lambda rows: rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2))
-
-
-def _move_rows(stored: Stored, move: Callable[[Array], Array]) -> Stored:
-    if isinstance(stored, Blocks) and len(stored.shape) > 1:
-        return replace(stored, raw=np.ascontiguousarray(move(stored.raw)).reshape(stored.raw.shape))
-    if isinstance(stored, Dense):
-        return replace(stored, data=np.ascontiguousarray(move(stored.data)).reshape(stored.data.shape))
-    return Dense(np.ascontiguousarray(move(stored.dense())).reshape(stored.shape))

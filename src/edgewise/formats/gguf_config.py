@@ -14,7 +14,8 @@ from edgewise.core.errors import FormatError, UnsupportedError, notice
 from edgewise.formats.gguf_file import GgufMetadata
 from edgewise.formats.gguf_names import GgufArch
 
-__all__ = ["config_of_keys", "keys_of_config", "llama3_factors", "scaling_of_factors"]
+__all__ = ["ROPE_DIVISORS", "config_of_keys", "keys_of_config", "llama3_divisors",
+           "rope_of_config", "scaling_of_divisors"]
 
 Float32 = NDArray[np.float32]
 
@@ -22,6 +23,8 @@ Float32 = NDArray[np.float32]
 _SILENT = {"rope.dimension_count", "attention.value_length", "attention.causal", "pooling_type", "expert_count",
            "expert_used_count"}
 _LARGEST = 1 << 31
+ROPE_DIVISORS = "rope_freqs.weight"
+"""The one tensor that stands for a configuration: what each rotary frequency is divided by."""
 
 
 def config_of_keys(metadata: GgufMetadata, arch: GgufArch, path: Path) -> dict[str, Any]:
@@ -108,39 +111,36 @@ def _scaling(metadata: GgufMetadata, prefix: str, config: Mapping[str, Any], pat
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "attn_factor": "attention_factor"}
 
 
-def llama3_factors(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> Float32:
+def llama3_divisors(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> Float32:
     """What Llama 3 divides each rotary frequency by, (head_dim / 2,) float32, as GGUF keeps it in rope_freqs.
 
-    Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor
-    are kept, and in between the frequency goes linearly from one to the other.
+    Frequencies below low_freq_factor turns in the original context are divided by `factor`, those above
+    high_freq_factor turns are kept, and in between the frequency goes linearly from one to the other.
     """
-    size = int(config["head_dim"])
+    size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     frequency = float(config["rope_theta"]) ** -(np.arange(0, size, 2, dtype=np.float64) / size)
     turns = float(scaling["original_max_position_embeddings"]) * frequency / (2 * np.pi)
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - smooth) / float(scaling["factor"]) + smooth)).astype(np.float32)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - keep) / float(scaling["factor"]) + keep)).astype(np.float32)
 
 
-def scaling_of_factors(factors: Float32, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The rope_scaling of config.json that gives these factors: Llama 3's, whose other constants never varied."""
-    if factors.shape != (config["head_dim"] // 2,) or not np.isfinite(factors).all() or factors.min() <= 0:
-        raise FormatError(f"expected {config['head_dim'] // 2} positive factors; found shape {factors.shape}",
-                          path=path, tensor="rope_freqs.weight")
-    scaling = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+def scaling_of_divisors(divisors: Float32, config: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """The rope_scaling of config.json that gives these divisors: Llama 3's with its published constants, or None."""
+    size = config["head_dim"] // 2
+    if divisors.shape != (size,) or not np.isfinite(divisors).all() or divisors.min() <= 0:
+        raise FormatError(f"expected {size} positive divisors; found shape {divisors.shape}", path=path,
+                          tensor=ROPE_DIVISORS)
+    scaling = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
-    if not np.allclose(llama3_factors(config, scaling), factors, rtol=1e-4, atol=0):
-        raise UnsupportedError(f"{path}, tensor 'rope_freqs.weight': these factors are not those of Llama 3's rule "
-                               f"with {scaling}; edgewise knows no other rule that is stored this way")
-    return scaling
+    return scaling if np.allclose(llama3_divisors(config, scaling), divisors, rtol=1e-5, atol=0) else None
 
 
 def keys_of_config(config: Mapping[str, Any], arch: GgufArch, *, where: str) -> dict[str, Any]:
     """GGUF's hyperparameter keys of a config.json, prefix included; integers as int, the rest as float."""
+    rope = rope_of_config(config)
     config = {**arch.defaults, **config}
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    config.setdefault("rope_theta", rope.get("rope_theta"))
-    if rope.get("rope_theta") is not None:
+    if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
     keys: dict[str, Any] = {}
     for key, name in arch.keys.items():
@@ -162,6 +162,11 @@ def keys_of_config(config: Mapping[str, Any], arch: GgufArch, *, where: str) -> 
     else:
         keys[f"{arch.gguf}.attention.causal"] = False
     return keys
+
+
+def rope_of_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary section of a config.json, whichever of its two names it has."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def _scaling_keys(rope: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:

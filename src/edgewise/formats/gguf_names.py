@@ -28,6 +28,8 @@ class GgufArch:
     required: config.json keys without which there is no model.
     defaults: what transformers assumes where a config.json leaves a key out.
     also: further `model_type`s that are written as this architecture.
+    float32: tensors that ggml reads in F32 only, beside all vectors.
+    prefixes: what checkpoints with a task head put before the names of the model itself.
     """
 
     gguf: str
@@ -39,6 +41,8 @@ class GgufArch:
     required: tuple[str, ...] = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     defaults: Mapping[str, Any] = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
 
     def hf_name(self, name: str) -> str | None:
         """The Hugging Face name of a GGUF tensor, or None when the architecture has no place for it."""
@@ -46,7 +50,13 @@ class GgufArch:
 
     def gguf_name(self, name: str) -> str | None:
         """The GGUF name of a Hugging Face tensor, or None."""
+        for prefix in self.prefixes:
+            name = name.removeprefix(prefix)
         return _rename(name, {theirs: ours for ours, theirs in self.tensors.items()})
+
+    def is_float32(self, name: str) -> bool:
+        """Whether ggml reads a GGUF tensor in F32 only."""
+        return _template(name).rpartition(".")[0] in self.float32
 
     def heads(self, name: str, config: Mapping[str, Any]) -> int | None:
         """Heads of a GGUF tensor whose rows are stored for interleaved rotary pairs, else None."""
@@ -127,6 +137,8 @@ _BERT = GgufArch(
     },
     constants={"hidden_act": "gelu", "position_embedding_type": "absolute"},
     defaults={"layer_norm_eps": 1e-12, "max_position_embeddings": 512},
+    float32=("position_embd", "token_types"),
+    prefixes=("bert.",),
 )
 ARCHITECTURES: tuple[GgufArch, ...] = (_LLAMA, _BERT)
 
