@@ -136,7 +136,8 @@ def _word_piece(data: Json, model: Json, vocabulary: int, where: str) -> dict[st
                "mask": "[MASK]"}
     ids = {token: i for i, token in enumerate(plain)}
     return {"model": "bert", "pre": "jina-v2-en", "tokens": tokens, "token_type": types, "token_type_count": 2,
-            "normalizer.lowercase": bool(lower), "normalizer.strip_accents": bool(lower if accents is None else accents),
+            "normalizer.lowercase": bool(lower),
+            "normalizer.strip_accents": bool(lower if accents is None else accents),
             **{f"{name}_token_id": ids[token] for name, token in special.items() if token in ids}}
 
 
