@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +143,9 @@ def _decoder(name: str, description: Mapping[str, Any], files: TensorFiles) -> C
 
 
 def _codec_of(name: str) -> BlockCodec:
-    # Imported here: only folders with GGUF blocks need the native core.
-    found: BlockCodec = import_module("edgewise.formats.ggml_blocks").codec(name)
-    return found
+    from edgewise.formats.ggml_blocks import codec  # only folders with GGUF blocks need the native core
+
+    return codec(name)
 
 
 def _metadata_of(folder: Path, config: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +85,9 @@ def open_checkpoint(source: str | os.PathLike[str], *, offline: bool | None = No
         return read_folder(path)
     if path.suffix == ".safetensors":
         raise SourceError(f"{path} holds tensors but not their configuration; give the folder that it lies in")
-    checkpoint: Checkpoint = import_module("edgewise.formats.gguf").read_gguf(path)
-    return checkpoint
+    from edgewise.formats.gguf import read_gguf  # only GGUF files need the native core
+
+    return read_gguf(path)
 
 
 def _forms() -> str:
