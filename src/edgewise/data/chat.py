@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import EdgewiseError, FormatError, InvalidValueError, notice
-from edgewise.data.tokenizer import Tokenizer
+from edgewise.data.tokenizer import Tokenizer, named_tokens
 
 __all__ = ["ChatError", "ChatTemplate", "Message", "chat_template_of"]
 
@@ -163,8 +163,8 @@ def _token_variables(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dic
     keys = stored if isinstance(stored, Mapping) else {}
     generation = checkpoint.metadata.get("generation")
     settings = [s for s in (generation, checkpoint.config) if isinstance(s, Mapping)]
-    tokens: dict[str, str] = {}
-    if tokenizer is None:
+    tokens = named_tokens(checkpoint)
+    if tokens or tokenizer is None:  # what tokenizer_config.json leaves out is meant to be absent
         return tokens
     for name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         ids = [keys.get(f"tokenizer.ggml.{gguf_name}_token_id"), *(s.get(f"{name}_token_id") for s in settings)]

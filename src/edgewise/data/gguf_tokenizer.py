@@ -177,12 +177,14 @@ class _Keys:
         return bool(value)
 
     def token(self, name: str, count: int, default: int | None = None) -> int | None:
-        """An optional token id below count. One outside (files write -1 or 2^32-1 for none) is reported."""
+        """An optional token id below count. One outside is reported."""
         value = self.values.get(name)
         if value is None:
             return default if default is not None and default < count else None
         if not hasattr(value, "__index__"):
             self.fail(name, "a token id", value)
+        if int(value) in (-1, 2**32 - 1):  # both mean: none
+            return None
         if not 0 <= int(value) < count:
             notice("ignored", f"tokenizer.ggml.{name} is {int(value)}, outside the vocabulary of {count} tokens",
                    where=self.where)

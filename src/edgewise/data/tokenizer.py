@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -22,7 +23,7 @@ from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, InvalidValueError, notice
 from edgewise.data.gguf_tokenizer import Built, build_from_gguf, native_call
 
-__all__ = ["END_OF_TURN", "TextStream", "Tokenizer", "tokenizer_from_json", "tokenizer_of"]
+__all__ = ["END_OF_TURN", "TextStream", "Tokenizer", "named_tokens", "tokenizer_from_json", "tokenizer_of"]
 
 MAX_JSON_BYTES = 128 * 10**6
 """The largest tokenizer.json that is read; the largest in use (256k tokens) is a quarter of it."""
@@ -134,8 +135,11 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is certain after this token; empty while a character is unfinished."""
-        self._ids.append(self._tokenizer._checked(token_id))
-        if token_id in self._tokenizer._byte_ids:
+        tokenizer = self._tokenizer
+        self._ids.append(tokenizer._checked(token_id))
+        # A token without text ends nothing either: bytes on both of its sides are one run.
+        silent = (self._skip_special and token_id in tokenizer.special_ids) or tokenizer.id_to_token(token_id) is None
+        if silent or token_id in tokenizer._byte_ids:
             return ""
         before = self._decode(self._ids[self._start:self._read])
         after = self._decode(self._ids[self._start:])
@@ -159,15 +163,15 @@ class TextStream:
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer of a checkpoint, from metadata["tokenizer"]: bytes of tokenizer.json, or GGUF's tokenizer keys.
 
-    End-of-sequence ids are those of metadata["generation"], of the configuration and of the GGUF keys, and every
-    special token in END_OF_TURN.
+    End-of-sequence ids are those of metadata["generation"], of the configuration, of the GGUF keys and of
+    metadata["tokenizer_config"], and every special token in END_OF_TURN.
     """
     data = checkpoint.metadata.get("tokenizer")
     where = checkpoint.source or "tokenizer"
     generation = checkpoint.metadata.get("generation")
     settings: list[Mapping[str, Any]] = [s for s in (generation, checkpoint.config) if isinstance(s, Mapping)]
     if isinstance(data, (bytes, bytearray, str)):
-        return tokenizer_from_json(data, settings=settings, source=where)
+        return tokenizer_from_json(data, settings=settings, names=named_tokens(checkpoint), source=where)
     if isinstance(data, Mapping):
         built = build_from_gguf(data, arch=checkpoint.arch, where=where)
         return _finish(built, settings, where)
@@ -178,11 +182,24 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
                       path=where)
 
 
+def named_tokens(checkpoint: Checkpoint) -> dict[str, str]:
+    """bos_token, eos_token, unk_token, ... as tokenizer_config.json spells them."""
+    stored = checkpoint.metadata.get("tokenizer_config")
+    names: dict[str, str] = {}
+    for name, value in (stored.items() if isinstance(stored, Mapping) else ()):
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if str(name).endswith("_token") and isinstance(text, str):
+            names[str(name)] = text
+    return names
+
+
 def tokenizer_from_json(data: bytes | bytearray | str, *, settings: Iterable[Mapping[str, Any]] = (),
+                        names: Mapping[str, str] = MappingProxyType({}),
                         source: str = "tokenizer.json") -> Tokenizer:
     """A tokenizer from the content of tokenizer.json.
 
     settings: mappings that may carry bos_token_id and eos_token_id, the first that has one counts for bos.
+    names: bos_token and eos_token, as tokenizer_config.json spells them; they count before the settings.
     Truncation and padding stored in the file are switched off: cutting a text is the caller's choice.
     """
     if len(data) > MAX_JSON_BYTES:
@@ -198,7 +215,8 @@ def tokenizer_from_json(data: bytes | bytearray | str, *, settings: Iterable[Map
         notice("ignored", "the BPE dropout stored in tokenizer.json is switched off: encoding is deterministic",
                where=source)
         backend.model.dropout = None
-    return _finish(Built(backend), settings, source)
+    begin, end = (backend.token_to_id(names[name]) if name in names else None for name in ("bos_token", "eos_token"))
+    return _finish(Built(backend, frozenset() if end is None else frozenset({end}), begin), settings, source)
 
 
 def _finish(built: Built, settings: Iterable[Mapping[str, Any]], where: str) -> Tokenizer:
