@@ -314,7 +314,8 @@ def _part_names(name: str, description: Any, depth: int) -> list[str]:
         return [part for side in ("left", "right")
                 for part in _part_names(f"{name}.{side}", description.get(side), depth - 1)]
     _expect(storage == "sparse", "storage dense, quantized, blocks, factored or sparse", storage)
-    rows = [f"{name}.row_starts"] if description.get("encoding") == "csr" else []
+    _expect(description.get("encoding") in ("n_m", "csr"), "encoding n_m or csr", description.get("encoding"))
+    rows = [f"{name}.row_starts"] if description["encoding"] == "csr" else []
     return [f"{name}.index", *rows, *_part_names(f"{name}.values", description.get("values"), depth - 1)]
 
 
