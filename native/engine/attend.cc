@@ -1,0 +1,166 @@
+// Attention over the keys and values of a slot. Every function here runs on all threads at once.
+#include <algorithm>
+#include <cstring>
+
+#include "edgewise/session.h"
+
+namespace edgewise {
+
+// Rotate-half: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of the rotary dimensions.
+void Session::rope(const Layer& layer, float* heads, size_t count, size_t token) const {
+  if (layer.rope < 0) return;
+  const size_t r = static_cast<size_t>(layer.rope), half = model_->ropes[r].inverse_frequency.size();
+  const float* cosine = cosine_[r].data() + static_cast<size_t>(positions_[token]) * half;
+  const float* sine = sine_[r].data() + static_cast<size_t>(positions_[token]) * half;
+  for (size_t h = 0; h < count; ++h) {
+    float* x = heads + h * layer.head_dim;
+    for (size_t i = 0; i < half; ++i) {
+      const float a = x[i], b = x[half + i];
+      x[i] = a * cosine[i] - b * sine[i];
+      x[half + i] = b * cosine[i] + a * sine[i];
+    }
+  }
+}
+
+void Session::visible_range(const Layer& layer, size_t token, int32_t& begin, int32_t& end) const {
+  const int32_t position = positions_[token];
+  begin = 0;
+  end = position + 1;
+  if (layer.visible == Visible::Full)
+    end = ends_[static_cast<size_t>(slots_[token])];
+  else if (layer.visible == Visible::Sliding)
+    begin = std::max<int32_t>(0, end - static_cast<int32_t>(layer.window));
+}
+
+// One token: its visible chunks are split over the threads as well as its heads; merge_one puts them together.
+void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
+  const KvLayout& layout = kv_layout_[index];
+  const size_t group = layer.heads / layer.kv_heads, padded = layout.padded(), slot = static_cast<size_t>(slots_[0]);
+  int32_t begin, end;
+  visible_range(layer, 0, begin, end);
+  const size_t first = static_cast<size_t>(begin) / kChunk, last = (static_cast<size_t>(end) + kChunk - 1) / kChunk;
+  const size_t chunks = last - first, passes = (group + kMaxQueries - 1) / kMaxQueries;
+  const size_t own_chunk = static_cast<size_t>(positions_[0]) / kChunk;
+  int32_t begins[kMaxQueries], stops[kMaxQueries];
+  std::fill_n(begins, kMaxQueries, begin);
+  std::fill_n(stops, kMaxQueries, end);
+  float* local = thread_attention_[thread].floats() + kAttentionScratch;
+
+  for (size_t item; (item = pool_.take(1)) < layer.kv_heads * passes * chunks;) {
+    const size_t chunk = first + item % chunks, pass = item / chunks % passes, kv_head = item / chunks / passes;
+    const size_t head = kv_head * group + pass * kMaxQueries, queries = std::min(kMaxQueries, group - pass * kMaxQueries);
+    if (chunk == own_chunk && pass == 0) {
+      // Only this item reads the new position, unless the group needs several passes: see the wait below.
+      float key[1024];
+      std::memcpy(key, k_.floats() + kv_head * layer.head_dim, layer.head_dim * sizeof(float));
+      rope(layer, key, 1, 0);
+      kernels_.attention.store_key(layout, key, static_cast<size_t>(positions_[0]), keys(index, slot, kv_head));
+      kernels_.attention.store_value(layout, v_.floats() + kv_head * layer.head_dim, static_cast<size_t>(positions_[0]),
+                                     values(index, slot, kv_head));
+    }
+    std::memcpy(local, q_.floats() + head * layer.head_dim, queries * layer.head_dim * sizeof(float));
+    rope(layer, local, queries, 0);
+    AttentionTask task{&layout, keys(index, slot, kv_head), values(index, slot, kv_head), local, layer.head_dim, queries,
+                       begins, stops, layer.scale};
+    float* out = partial_.floats() + (chunk - first) * layer.heads * (padded + 2);
+    kernels_.attention.chunk(task, chunk, out + head * padded, out + layer.heads * padded + head,
+                             out + layer.heads * (padded + 1) + head, thread_attention_[thread].floats());
+  }
+  pool_.barrier();
+}
+
+// out: (heads * head_dim). Chunks are merged in order, as attend_many does.
+void Session::merge_one(const Layer& layer, size_t index, float* out) const {
+  const size_t padded = kv_layout_[index].padded();
+  int32_t begin, end;
+  visible_range(layer, 0, begin, end);
+  const size_t first = static_cast<size_t>(begin) / kChunk, last = (static_cast<size_t>(end) + kChunk - 1) / kChunk;
+  float sum[1024];
+  for (size_t head = 0; head < layer.heads; ++head) {
+    float peak = 0, weight = 0;
+    for (size_t chunk = first; chunk < last; ++chunk) {
+      const float* part = partial_.floats() + (chunk - first) * layer.heads * (padded + 2);
+      const float* values = part + head * padded;
+      const float part_peak = part[layer.heads * padded + head], part_weight = part[layer.heads * (padded + 1) + head];
+      if (chunk == first) {
+        std::memcpy(sum, values, padded * sizeof(float));
+        peak = part_peak;
+        weight = part_weight;
+      } else {
+        kernels_.attention.merge(sum, &peak, &weight, values, part_peak, part_weight, padded);
+      }
+    }
+    kernels_.attention.finish(sum, weight, layer.head_dim, out + head * layer.head_dim);
+  }
+}
+
+void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
+  const KvLayout& layout = kv_layout_[index];
+  const size_t group = layer.heads / layer.kv_heads, dim = layer.head_dim, padded = layout.padded();
+  // Keys and values of all tokens first: later tokens of a slot see earlier ones of the same pass. Tokens are taken in
+  // order within a head, so that two threads never write into one key tile.
+  for (size_t kv_head; (kv_head = pool_.take(1)) < layer.kv_heads;)
+    for (size_t t = 0; t < count_; ++t) {
+      const size_t slot = static_cast<size_t>(slots_[t]), position = static_cast<size_t>(positions_[t]);
+      float* key = k_.floats() + t * kv_stride_ + kv_head * dim;
+      rope(layer, key, 1, t);
+      kernels_.attention.store_key(layout, key, position, keys(index, slot, kv_head));
+      kernels_.attention.store_value(layout, v_.floats() + t * kv_stride_ + kv_head * dim, position, values(index, slot, kv_head));
+    }
+  pool_.barrier();
+
+  const size_t heads_at_once = std::min(group, kMaxQueries), passes = (group + heads_at_once - 1) / heads_at_once;
+  const size_t tokens_at_once = std::max<size_t>(1, kMaxQueries / heads_at_once);
+  const size_t token_groups = (count_ + tokens_at_once - 1) / tokens_at_once;
+  float* scratch = thread_attention_[thread].floats();
+  float* sums = scratch + kAttentionScratch;           // (queries, padded)
+  float* parts = sums + kMaxQueries * 1024;            // the chunk at hand
+  float queries_buffer[kMaxQueries * 256];
+  for (size_t item; (item = pool_.take(1)) < token_groups * layer.kv_heads * passes;) {
+    const size_t from = item / (layer.kv_heads * passes) * tokens_at_once, to = std::min(count_, from + tokens_at_once);
+    const size_t kv_head = item / passes % layer.kv_heads, pass = item % passes;
+    const size_t head = kv_head * group + pass * heads_at_once, heads = std::min(heads_at_once, group - pass * heads_at_once);
+    for (size_t t = from; t < to;) {  // tokens of one slot share a pass
+      size_t next = t + 1;
+      while (next < to && slots_[next] == slots_[t]) ++next;
+      const size_t slot = static_cast<size_t>(slots_[t]), queries = (next - t) * heads;
+      int32_t begins[kMaxQueries], stops[kMaxQueries];
+      int32_t lowest = INT32_MAX, highest = 0;
+      for (size_t i = 0; i < queries; ++i) {
+        const size_t token = t + i / heads;
+        visible_range(layer, token, begins[i], stops[i]);
+        lowest = std::min(lowest, begins[i]);
+        highest = std::max(highest, stops[i]);
+      }
+      float* q = queries_buffer;
+      std::vector<float> wide;
+      if (queries * dim > kMaxQueries * 256) {
+        wide.resize(queries * dim);
+        q = wide.data();
+      }
+      for (size_t i = 0; i < queries; i += heads) {
+        std::memcpy(q + i * dim, q_.floats() + (t + i / heads) * q_stride_ + head * dim, heads * dim * sizeof(float));
+        rope(layer, q + i * dim, heads, t + i / heads);
+      }
+      AttentionTask task{&layout, keys(index, slot, kv_head), values(index, slot, kv_head), q, dim, queries, begins, stops, layer.scale};
+      float peak[kMaxQueries], weight[kMaxQueries], part_peak[kMaxQueries], part_weight[kMaxQueries];
+      const size_t first = static_cast<size_t>(lowest) / kChunk, last = (static_cast<size_t>(highest) + kChunk - 1) / kChunk;
+      for (size_t chunk = first; chunk < last; ++chunk) {
+        if (chunk == first) {
+          kernels_.attention.chunk(task, chunk, sums, peak, weight, scratch);
+          continue;
+        }
+        kernels_.attention.chunk(task, chunk, parts, part_peak, part_weight, scratch);
+        for (size_t i = 0; i < queries; ++i)
+          kernels_.attention.merge(sums + i * padded, peak + i, weight + i, parts + i * padded, part_peak[i], part_weight[i], padded);
+      }
+      for (size_t i = 0; i < queries; ++i)
+        kernels_.attention.finish(sums + i * padded, weight[i], dim,
+                                  attention_.floats() + (t + i / heads) * q_stride_ + (head + i % heads) * dim);
+      t = next;
+    }
+  }
+  pool_.barrier();
+}
+
+}  // namespace edgewise

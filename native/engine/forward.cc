@@ -1,0 +1,245 @@
+// One pass through a layer. Every function here runs on all threads at once; phases end with a barrier.
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "edgewise/pack.h"
+#include "edgewise/session.h"
+
+namespace edgewise {
+
+namespace {
+
+// Panels that a thread takes at once: enough that threads share the work evenly and that weights stay in the cache while
+// a batch passes over them.
+size_t panels_at_once(size_t panels, size_t threads, size_t tokens) {
+  if (tokens == 1) return std::clamp<size_t>(panels / (threads * 6), 1, 16);
+  return std::clamp<size_t>(panels / (threads * 4), 1, 8);
+}
+
+void apply_norm(const Kernels& kernels, const Norm& norm, const float* x, size_t n, float* y) {
+  const float* bias = norm.bias.empty() ? nullptr : norm.bias.data();
+  const float* weight = norm.weight.empty() ? nullptr : norm.weight.data();
+  if (norm.kind == Norm::Kind::Rms)
+    kernels.rows.rms_norm(x, weight, norm.eps, n, y);
+  else if (norm.kind == Norm::Kind::Layer)
+    kernels.rows.layer_norm(x, weight, bias, norm.eps, n, y);
+  else if (x != y)
+    std::memcpy(y, x, n * sizeof(float));
+}
+
+void add_bias(const Linear& linear, size_t first, size_t n, float* y) {
+  if (linear.bias.empty()) return;
+  for (size_t i = 0; i < n; ++i) y[i] += linear.bias[first + i];
+}
+
+}  // namespace
+
+void Session::embed(size_t thread) {
+  const Model& m = *model_;
+  for (size_t t; (t = pool_.take(1)) < count_;) {
+    float* row = x_.floats() + t * hidden_stride_;
+    unpack_row(m.embedding.weight, static_cast<size_t>(tokens_[t]), row);
+    if (m.embedding_scale != 1.0f)
+      for (size_t i = 0; i < m.hidden; ++i) row[i] *= m.embedding_scale;
+    if (!m.token_type_embedding.empty()) kernels_.rows.add(m.token_type_embedding.data(), m.hidden, row);
+    if (!m.position_embedding.empty())
+      kernels_.rows.add(m.position_embedding.data() + (static_cast<size_t>(positions_[t]) + m.position_offset) * m.hidden,
+                        m.hidden, row);
+    apply_norm(kernels_, m.embedding_norm, row, m.hidden, row);
+  }
+  (void)thread;
+  pool_.barrier();
+}
+
+// Inputs of a phase. For one token every thread makes its own copy, which costs less than a barrier; for more, the threads
+// share the rows. row(token, buffer) gives the token's input, in place or in the buffer.
+template <class Row>
+Session::Inputs Session::prepare(size_t thread, size_t cols, size_t tokens, bool int8, bool floats, Site site, Row row) {
+  Inputs inputs;
+  const bool own = tokens == 1;
+  uint8_t* buffer = own ? thread_inputs_[thread].data() : shared_inputs_.data();
+  const size_t offset = own ? Activations::nbytes_int8(1, max_cols_, 1) : input_nbytes_int8_;
+  for (Activations* x : {&inputs.int8, &inputs.floats}) {
+    x->tokens = tokens;
+    x->cols = cols;
+    x->slots = own ? 1 : kLanes;
+  }
+  if (int8) inputs.int8.place_int8(buffer);
+  if (floats) inputs.floats.place_float(buffer + offset);
+
+  float* scratch = thread_rows_[thread].floats();
+  auto convert = [&](size_t token) {
+    const float* values = row(token, scratch);
+    if (int8) kernels_.rows.quantise(values, inputs.int8, token);
+    if (floats) kernels_.rows.place(values, inputs.floats, token);
+    if (capture_ && (!own || thread == 0))
+      std::memcpy(captured_[static_cast<size_t>(site)].data() + token * cols, values, cols * sizeof(float));
+  };
+  if (own) {
+    if (capture_ && thread == 0) captured_[static_cast<size_t>(site)].resize(cols);
+    convert(0);
+    return inputs;
+  }
+  if (capture_) {
+    if (thread == 0) captured_[static_cast<size_t>(site)].resize(tokens * cols);
+    pool_.barrier();
+  }
+  // Whole tiles: two threads never write into one cache line of a tile.
+  for (size_t tile; (tile = pool_.take(1)) * kLanes < tokens;)
+    for (size_t token = tile * kLanes; token < std::min(tokens, (tile + 1) * kLanes); ++token) convert(token);
+  pool_.barrier();
+  return inputs;
+}
+
+void Session::multiply(const Work* works, size_t n, const Inputs& inputs, size_t tokens) {
+  size_t total = 0;
+  for (size_t i = 0; i < n; ++i) total += works[i].linear->weight.panels();
+  const size_t step = panels_at_once(total, config_.threads, tokens);
+  float out[kLanes * kLanes];
+  for (size_t from; (from = pool_.take(step)) < total;) {
+    const size_t to = std::min(total, from + step);
+    size_t base = 0;
+    for (size_t i = 0; i < n; base += works[i].linear->weight.panels(), ++i) {
+      const Work& work = works[i];
+      const PackedMatrix& weight = work.linear->weight;
+      const size_t first = std::max(from, base), last = std::min(to, base + weight.panels());
+      if (first >= last) continue;
+      const Activations& x = work.linear->int8_inputs() ? inputs.int8 : inputs.floats;
+      for (size_t tile = 0; tile < x.tiles(); ++tile) {
+        const size_t count = std::min(x.slots, tokens - tile * x.slots);
+        for (size_t panel = first - base; panel < last - base; ++panel) {
+          work.kernel(weight, panel, x, tile, 0, count, out);
+          const size_t row = panel * kLanes, rows = std::min(kLanes, weight.rows - row);
+          for (size_t t = 0; t < count; ++t) {
+            float* y = work.y + (tile * x.slots + t) * work.stride + row;
+            add_bias(*work.linear, row, rows, out + t * kLanes);
+            if (work.add)
+              for (size_t r = 0; r < rows; ++r) y[r] += out[t * kLanes + r];
+            else
+              std::memcpy(y, out + t * kLanes, rows * sizeof(float));
+          }
+        }
+      }
+    }
+  }
+  pool_.barrier();
+}
+
+void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs) {
+  const size_t panels = layer.up.weight.panels(), tokens = count_;
+  const size_t step = panels_at_once(2 * panels, config_.threads, tokens);
+  const Activations& x_up = layer.up.int8_inputs() ? inputs.int8 : inputs.floats;
+  const Activations& x_gate = layer.gate.present() && layer.gate.int8_inputs() ? inputs.int8 : inputs.floats;
+  float gate[kLanes * kLanes], up[kLanes * kLanes];
+  for (size_t from; (from = pool_.take(step)) < panels;) {
+    const size_t to = std::min(panels, from + step);
+    for (size_t tile = 0; tile < x_up.tiles(); ++tile) {
+      const size_t count = std::min(x_up.slots, tokens - tile * x_up.slots);
+      for (size_t panel = from; panel < to; ++panel) {
+        const size_t row = panel * kLanes, rows = std::min(kLanes, layer.up.rows() - row);
+        k.up(layer.up.weight, panel, x_up, tile, 0, count, up);
+        for (size_t t = 0; t < count; ++t) add_bias(layer.up, row, rows, up + t * kLanes);
+        if (layer.gate.present()) {
+          k.gate(layer.gate.weight, panel, x_gate, tile, 0, count, gate);
+          for (size_t t = 0; t < count; ++t) add_bias(layer.gate, row, rows, gate + t * kLanes);
+        }
+        kernels_.rows.gate(layer.function, layer.gate.present() ? gate : nullptr, up, count * kLanes);
+        for (size_t t = 0; t < count; ++t)
+          std::memcpy(ffn_.floats() + (tile * x_up.slots + t) * ffn_stride_ + row, up + t * kLanes, rows * sizeof(float));
+      }
+    }
+  }
+  pool_.barrier();
+}
+
+void Session::norm_rows(const Norm& norm, size_t thread) {
+  (void)thread;
+  for (size_t t; (t = pool_.take(1)) < count_;) {
+    float* row = x_.floats() + t * hidden_stride_;
+    apply_norm(kernels_, norm, row, model_->hidden, row);
+  }
+  pool_.barrier();
+}
+
+void Session::run_layer(size_t index, size_t thread) {
+  const Layer& layer = model_->layers[index];
+  const LayerKernels& k = layer_kernels_[index];
+  const size_t hidden = model_->hidden;
+  auto any_int8 = [](std::initializer_list<const Linear*> linears) {
+    return std::any_of(linears.begin(), linears.end(), [](const Linear* l) { return l->present() && l->int8_inputs(); });
+  };
+  auto any_float = [](std::initializer_list<const Linear*> linears) {
+    return std::any_of(linears.begin(), linears.end(), [](const Linear* l) { return l->present() && !l->int8_inputs(); });
+  };
+  auto normed = [&](const Norm& norm) {
+    return [this, &norm, post = layer.post_norm](size_t token, float* buffer) -> const float* {
+      const float* x = x_.floats() + token * hidden_stride_;
+      if (post) return x;
+      apply_norm(kernels_, norm, x, model_->hidden, buffer);
+      return buffer;
+    };
+  };
+
+  {
+    const Inputs inputs = prepare(thread, hidden, count_, any_int8({&layer.q, &layer.k, &layer.v}),
+                                  any_float({&layer.q, &layer.k, &layer.v}), Site::Attention, normed(layer.attention_norm));
+    const Work works[] = {{&layer.q, k.q, q_.floats(), q_stride_, false},
+                          {&layer.k, k.k, k_.floats(), kv_stride_, false},
+                          {&layer.v, k.v, v_.floats(), kv_stride_, false}};
+    multiply(works, 3, inputs, count_);
+  }
+  if (count_ == 1)
+    attend_one(layer, index, thread);
+  else
+    attend_many(layer, index, thread);
+  {
+    const Inputs inputs = prepare(thread, layer.o.cols(), count_, layer.o.int8_inputs(), !layer.o.int8_inputs(), Site::Output,
+                                  [&](size_t token, float* buffer) -> const float* {
+                                    if (count_ != 1) return attention_.floats() + token * q_stride_;
+                                    merge_one(layer, index, buffer);
+                                    return buffer;
+                                  });
+    const Work work = {&layer.o, k.o, x_.floats(), hidden_stride_, true};
+    multiply(&work, 1, inputs, count_);
+  }
+  if (layer.post_norm) norm_rows(layer.attention_norm, thread);
+  {
+    const Inputs inputs = prepare(thread, hidden, count_, any_int8({&layer.gate, &layer.up}), any_float({&layer.gate, &layer.up}),
+                                  Site::FeedForward, normed(layer.feed_forward_norm));
+    gate_and_up(layer, k, inputs);
+  }
+  {
+    const Inputs inputs = prepare(thread, layer.down.cols(), count_, layer.down.int8_inputs(), !layer.down.int8_inputs(),
+                                  Site::Down, [&](size_t token, float*) { return ffn_.floats() + token * ffn_stride_; });
+    const Work work = {&layer.down, k.down, x_.floats(), hidden_stride_, true};
+    multiply(&work, 1, inputs, count_);
+  }
+  if (layer.post_norm) norm_rows(layer.feed_forward_norm, thread);
+}
+
+void Session::head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread) {
+  const Linear& linear = model_->head;
+  const Inputs inputs =
+      prepare(thread, linear.cols(), n, linear.int8_inputs(), !linear.int8_inputs(), Site::Attention, [&](size_t i, float* buffer) {
+        apply_norm(kernels_, model_->final_norm, x_.floats() + static_cast<size_t>(rows[i]) * hidden_stride_, model_->hidden, buffer);
+        return static_cast<const float*>(buffer);
+      });
+  const Work work = {&linear, head_kernel_, out, stride, false};
+  multiply(&work, 1, inputs, n);
+  if (model_->logit_scale == 1.0f) return;
+  for (size_t i; (i = pool_.take(1)) < n;)
+    for (size_t v = 0; v < model_->vocab; ++v) out[i * stride + v] *= model_->logit_scale;
+  pool_.barrier();
+}
+
+void Session::normed(const int32_t* rows, size_t n, float* out) {
+  for (size_t i = 0; i < n; ++i) {
+    if (rows[i] < 0 || static_cast<size_t>(rows[i]) >= count_)
+      throw std::invalid_argument("row " + std::to_string(rows[i]) + " of a pass of " + std::to_string(count_) + " tokens");
+    apply_norm(kernels_, model_->final_norm, x_.floats() + static_cast<size_t>(rows[i]) * hidden_stride_, model_->hidden,
+               out + i * model_->hidden);
+  }
+}
+
+}  // namespace edgewise

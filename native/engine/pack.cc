@@ -1,0 +1,311 @@
+#include "edgewise/pack.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "edgewise/half.h"
+
+namespace edgewise {
+
+size_t PackedFormat::header_nbytes() const {
+  const size_t per_block = kBlock / sub_group;
+  if (scale == ScaleType::Nested) {
+    const size_t subs = record_inputs / kBlock * per_block * kLanes;
+    return (has_min ? 2 : 1) * (2 * kLanes + subs);
+  }
+  const size_t scales = (sub_group == 16 ? record_inputs / 16 : 1) * kLanes;
+  return scales * scale_nbytes() * (has_min ? 2 : 1);
+}
+
+size_t PackedFormat::record_nbytes(size_t blocks) const { return header_nbytes() + blocks * block_nbytes(); }
+
+size_t PackedFormat::panel_nbytes(size_t cols) const {
+  if (!quantised()) return kLanes * cols * (element == Element::Float32 ? 4 : 2);
+  const size_t blocks = (cols + kBlock - 1) / kBlock, per_record = record_inputs / kBlock;
+  return (blocks + per_record - 1) / per_record * header_nbytes() + blocks * block_nbytes();
+}
+
+size_t packed_nbytes(const PackedFormat& format, size_t rows, size_t cols) {
+  return (rows + kLanes - 1) / kLanes * format.panel_nbytes(cols);
+}
+
+PackedFormat packed_format_of(BlockType type) {
+  const BlockLayout& block = layout(type);
+  PackedFormat format;
+  switch (type) {
+    case BlockType::F32: format.element = Element::Float32; return format;
+    case BlockType::F16: format.element = Element::Float16; format.bits = 16; return format;
+    case BlockType::BF16: format.element = Element::BFloat16; format.bits = 16; return format;
+    default: break;
+  }
+  format.element = block.table ? Element::Table : Element::Integer;
+  format.bits = static_cast<uint8_t>(block.bits);
+  format.has_min = block.has_min;
+  format.sub_group = static_cast<uint8_t>(block.group);
+  if (block.table) std::memcpy(format.table, block.table, sizeof format.table);
+  if (type == BlockType::MXFP4) format.scale = ScaleType::Exponent;
+  if (block.values == 256) {
+    format.scale = ScaleType::Nested;
+    format.record_inputs = 256;
+  }
+  return format;
+}
+
+namespace {
+
+// Sets codes of one block of 32 inputs for one lane. out is zeroed beforehand.
+void put_codes(const PackedFormat& format, const uint8_t* code, size_t lane, uint8_t* out) {
+  const int bits = format.bits;
+  if (bits == 8) {
+    for (size_t i = 0; i < kBlock; ++i) out[i / 4 * 64 + lane * 4 + i % 4] = code[i];
+    return;
+  }
+  int place = 0;  // lowest bit of the plane being written
+  if (bits >= 4) {
+    for (size_t i = 0; i < kBlock; ++i)
+      out[i / 8 * 64 + lane * 4 + i % 4] |= static_cast<uint8_t>((code[i] & 15) << (i % 8 < 4 ? 0 : 4));
+    out += 256;
+    place = 4;
+  }
+  if (bits == 2 || bits == 3 || bits == 6) {
+    for (size_t i = 0; i < kBlock; ++i)
+      out[i / 16 * 64 + lane * 4 + i % 4] |= static_cast<uint8_t>((code[i] >> place & 3) << (i % 16 / 4 * 2));
+    out += 128;
+    place += 2;
+  }
+  if (bits == 3 || bits == 5)
+    for (size_t i = 0; i < kBlock; ++i)
+      out[lane * 4 + i % 4] |= static_cast<uint8_t>((code[i] >> place & 1) << (i / 4));
+}
+
+uint8_t get_code(const PackedFormat& format, const uint8_t* p, size_t lane, size_t i) {
+  const int bits = format.bits;
+  if (bits == 8) return p[i / 4 * 64 + lane * 4 + i % 4];
+  int code = 0, place = 0;
+  if (bits >= 4) {
+    code = p[i / 8 * 64 + lane * 4 + i % 4] >> (i % 8 < 4 ? 0 : 4) & 15;
+    p += 256;
+    place = 4;
+  }
+  if (bits == 2 || bits == 3 || bits == 6) {
+    code |= (p[i / 16 * 64 + lane * 4 + i % 4] >> (i % 16 / 4 * 2) & 3) << place;
+    p += 128;
+    place += 2;
+  }
+  if (bits == 3 || bits == 5) code |= (p[lane * 4 + i % 4] >> (i / 4) & 1) << place;
+  return static_cast<uint8_t>(code);
+}
+
+void put_scale(const PackedFormat& format, float value, uint8_t* at, size_t lane) {
+  if (format.scale == ScaleType::Float32) {
+    std::memcpy(at + 4 * lane, &value, 4);
+  } else if (format.scale == ScaleType::Float16) {
+    const uint16_t half = float_to_half(value);
+    std::memcpy(at + 2 * lane, &half, 2);
+  } else {
+    at[lane] = static_cast<uint8_t>(std::ilogb(value) + 128);  // 2^(e - 128)
+  }
+}
+
+float get_scale(const PackedFormat& format, const uint8_t* at, size_t lane) {
+  if (format.scale == ScaleType::Float32) {
+    float value;
+    std::memcpy(&value, at + 4 * lane, 4);
+    return value;
+  }
+  if (format.scale == ScaleType::Exponent) return std::ldexp(1.0f, at[lane] - 128);
+  uint16_t half;
+  std::memcpy(&half, at + 2 * lane, 2);
+  return half_to_float(half);
+}
+
+uint16_t get_half(const uint8_t* p, size_t lane) {
+  uint16_t half;
+  std::memcpy(&half, p + 2 * lane, 2);
+  return half;
+}
+
+// A code that stands for zero, for inputs and rows that do not exist.
+uint8_t zero_code(const PackedFormat& format) {
+  if (format.element == Element::Table) {
+    for (uint8_t i = 0; i < 16; ++i)
+      if (format.table[i] == 0) return i;
+    return 0;  // no zero entry: the scale of a missing row is zero instead
+  }
+  return format.has_min ? 0 : static_cast<uint8_t>(1 << (format.bits - 1));
+}
+
+void pack_block_panel(BlockType type, const PackedFormat& format, const uint8_t* raw, size_t row_nbytes, size_t rows,
+                      size_t cols, size_t panel, uint8_t* out) {
+  const BlockLayout& block = layout(type);
+  const size_t values = static_cast<size_t>(block.values), per_record = format.record_inputs / kBlock;
+  const size_t header = format.header_nbytes(), block_nbytes = format.block_nbytes();
+  const size_t record = format.record_nbytes(per_record), subs = kBlock / format.sub_group;
+  std::memset(out, 0, format.panel_nbytes(cols));
+  UnpackedBlock u;
+  for (size_t lane = 0; lane < kLanes; ++lane) {
+    const size_t row = panel * kLanes + lane;
+    if (row >= rows) {  // scales and minima are zero: so is every output
+      continue;
+    }
+    const uint8_t* bytes = raw + row * row_nbytes;
+    for (size_t r = 0; r < cols / values; ++r, bytes += block.nbytes) {
+      unpack_block(type, bytes, u);
+      uint8_t* head = out + r * record;
+      if (format.scale == ScaleType::Exponent) {
+        head[lane] = static_cast<uint8_t>(u.d);
+      } else {
+        std::memcpy(head + 2 * lane, &u.d, 2);
+        if (format.has_min) std::memcpy(head + 32 + 2 * lane, &u.m, 2);
+      }
+      if (format.scale == ScaleType::Nested) {
+        uint8_t* sub = head + (format.has_min ? 64 : 32);
+        for (size_t s = 0; s < per_record * subs; ++s) {
+          sub[s * kLanes + lane] = static_cast<uint8_t>(u.sub[s]);
+          if (format.has_min) sub[(per_record * subs + s) * kLanes + lane] = u.sub_min[s];
+        }
+      }
+      for (size_t b = 0; b < per_record; ++b) put_codes(format, u.code + b * kBlock, lane, head + header + b * block_nbytes);
+    }
+  }
+}
+
+}  // namespace
+
+void pack_blocks(BlockType type, const uint8_t* raw, size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out) {
+  const PackedFormat format = packed_format_of(type);
+  const size_t panel_nbytes = format.panel_nbytes(cols);
+  if (!format.quantised()) return pack_floats(format, raw, rows, cols, begin, end, out);
+  const BlockLayout& block = layout(type);
+  const size_t row_nbytes = cols / static_cast<size_t>(block.values) * static_cast<size_t>(block.nbytes);
+  for (size_t panel = begin; panel < end; ++panel)
+    pack_block_panel(type, format, raw, row_nbytes, rows, cols, panel, out + panel * panel_nbytes);
+}
+
+void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* scales, const float* minima, size_t group,
+                size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out) {
+  const size_t panel_nbytes = format.panel_nbytes(cols), blocks = (cols + kBlock - 1) / kBlock;
+  const size_t per_record = format.record_inputs / kBlock, groups = (cols + group - 1) / group;
+  const size_t header = format.header_nbytes(), block_nbytes = format.block_nbytes();
+  const size_t scale_nbytes = kLanes * format.scale_nbytes();
+  const size_t scales_per_record = format.sub_group == 16 ? format.record_inputs / 16 : 1;
+  const size_t inputs_per_scale = format.sub_group == 16 ? 16 : format.record_inputs;
+  const uint8_t zero = zero_code(format);
+  for (size_t panel = begin; panel < end; ++panel) {
+    uint8_t* base = out + panel * panel_nbytes;
+    std::memset(base, 0, panel_nbytes);
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      const size_t row = panel * kLanes + lane;
+      if (row >= rows) continue;
+      for (size_t first = 0; first < blocks; first += per_record) {
+        uint8_t* head = base + first / per_record * format.record_nbytes(per_record);
+        for (size_t s = 0; s < scales_per_record; ++s) {
+          const size_t input = first * kBlock + s * inputs_per_scale;
+          if (input >= cols) continue;
+          const size_t g = row * groups + input / group;
+          put_scale(format, scales[g], head + s * scale_nbytes, lane);
+          if (format.has_min) put_scale(format, minima[g], head + (scales_per_record + s) * scale_nbytes, lane);
+        }
+        for (size_t b = 0; b < per_record && first + b < blocks; ++b) {
+          uint8_t code[kBlock];
+          for (size_t i = 0; i < kBlock; ++i) {
+            const size_t input = (first + b) * kBlock + i;
+            code[i] = input < cols ? codes[row * cols + input] : zero;
+          }
+          put_codes(format, code, lane, head + header + b * block_nbytes);
+        }
+      }
+    }
+  }
+}
+
+void pack_floats(const PackedFormat& format, const uint8_t* values, size_t rows, size_t cols, size_t begin, size_t end,
+                 uint8_t* out) {
+  const size_t width = format.element == Element::Float32 ? 4 : 2, panel_nbytes = format.panel_nbytes(cols);
+  for (size_t panel = begin; panel < end; ++panel) {
+    uint8_t* base = out + panel * panel_nbytes;
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      const size_t row = panel * kLanes + lane;
+      for (size_t k = 0; k < cols; ++k) {
+        uint8_t* at = base + (k * kLanes + lane) * width;
+        if (row < rows)
+          std::memcpy(at, values + (row * cols + k) * width, width);
+        else
+          std::memset(at, 0, width);
+      }
+    }
+  }
+}
+
+void unpack_row(const PackedMatrix& w, size_t row, float* out) {
+  const PackedFormat& format = w.format;
+  const uint8_t* base = w.panel(row / kLanes);
+  const size_t lane = row % kLanes;
+  if (!format.quantised()) {
+    for (size_t k = 0; k < w.cols; ++k) {
+      if (format.element == Element::Float32) {
+        std::memcpy(out + k, base + (k * kLanes + lane) * 4, 4);
+      } else {
+        const uint16_t bits = get_half(base + k * kLanes * 2, lane);
+        out[k] = format.element == Element::Float16 ? half_to_float(bits) : bf16_to_float(bits);
+      }
+    }
+    return;
+  }
+  const size_t per_record = format.record_inputs / kBlock, subs = kBlock / format.sub_group;
+  const size_t header = format.header_nbytes(), scale_nbytes = kLanes * format.scale_nbytes();
+  const size_t scales_per_record = format.sub_group == 16 ? format.record_inputs / 16 : 1;
+  const float offset = format.has_min ? 0.0f : static_cast<float>(1 << (format.bits - 1));
+  for (size_t k = 0; k < w.cols; ++k) {
+    const size_t block = k / kBlock, in_record = block % per_record;
+    const uint8_t* head = base + block / per_record * format.record_nbytes(per_record);
+    const uint8_t code = get_code(format, head + header + in_record * format.block_nbytes(), lane, k % kBlock);
+    const float value = format.element == Element::Table ? format.table[code] : static_cast<float>(code) - offset;
+    if (format.scale == ScaleType::Nested) {
+      const uint8_t* sub = head + (format.has_min ? 64 : 32);
+      const size_t s = in_record * subs + k % kBlock / format.sub_group;
+      const float scale = half_to_float(get_half(head, lane)) * static_cast<int8_t>(sub[s * kLanes + lane]);
+      const float min = format.has_min ? half_to_float(get_half(head + 32, lane)) * sub[(per_record * subs + s) * kLanes + lane] : 0.0f;
+      out[k] = scale * value - min;
+    } else {
+      const size_t s = format.sub_group == 16 ? in_record * 2 + k % kBlock / 16 : 0;
+      const float min = format.has_min ? get_scale(format, head + (scales_per_record + s) * scale_nbytes, lane) : 0.0f;
+      out[k] = get_scale(format, head + s * scale_nbytes, lane) * value + min;
+    }
+  }
+}
+
+namespace {
+constexpr size_t align64(size_t n) { return (n + 63) / 64 * 64; }
+}  // namespace
+
+size_t Activations::nbytes_int8(size_t tokens, size_t cols, size_t slots) {
+  const size_t cells = (tokens + slots - 1) / slots * slots * ((cols + kBlock - 1) / kBlock);
+  return align64(cells * kBlock) + 6 * align64(cells * 4);
+}
+
+size_t Activations::nbytes_float(size_t tokens, size_t cols, size_t slots) {
+  return align64((tokens + slots - 1) / slots * slots * ((cols + kBlock - 1) / kBlock) * kBlock * 4);
+}
+
+void Activations::place_int8(uint8_t* buffer) {
+  const size_t cells = tiles() * slots * blocks();
+  q = reinterpret_cast<int8_t*>(buffer);
+  buffer += align64(cells * kBlock);
+  auto next = [&] {
+    uint8_t* field = buffer;
+    buffer += align64(cells * 4);
+    return field;
+  };
+  scale = reinterpret_cast<float*>(next());
+  negated_sum = reinterpret_cast<int32_t*>(next());
+  negated_sum_low = reinterpret_cast<int32_t*>(next());
+  sum = reinterpret_cast<float*>(next());
+  sum_low = reinterpret_cast<float*>(next());
+  sum_high = reinterpret_cast<float*>(next());
+}
+
+void Activations::place_float(uint8_t* buffer) { f = reinterpret_cast<float*>(buffer); }
+
+}  // namespace edgewise

@@ -1,0 +1,257 @@
+#include "edgewise/session.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "edgewise/pack.h"
+
+namespace edgewise {
+
+namespace {
+constexpr size_t padded16(size_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+constexpr size_t aligned64(size_t n) { return (n + 63) / 64 * 64; }
+// Logits are made for groups of rows, so that their buffer stays below this.
+constexpr size_t kLogitsNbytes = 8 << 20;
+}  // namespace
+
+Pages::Pages(size_t nbytes) : nbytes_(nbytes) {
+  if (nbytes == 0) return;
+  void* p = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  data_ = static_cast<uint8_t*>(p);
+}
+
+Pages::~Pages() {
+  if (data_ != nullptr) munmap(data_, nbytes_);
+}
+
+Pages& Pages::operator=(Pages&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(nbytes_, other.nbytes_);
+  return *this;
+}
+
+MatmulKernel Session::kernel_for(const Linear& linear) const {
+  if (!linear.present()) return nullptr;
+  MatmulKernel kernel = kernels_.matmul(linear.weight.format);
+  if (kernel == nullptr) throw std::invalid_argument("a weight has a packed format without a matmul kernel");
+  return kernel;
+}
+
+Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config)
+    : model_(std::move(model)), config_(config), kernels_(kernels(tier_in_use())), pool_(std::max<size_t>(config.threads, 1)) {
+  const Model& m = *model_;
+  config_.threads = pool_.threads();
+  config_.context = padded16(std::max<size_t>(config.context, 1));
+  config_.batch = std::max<size_t>(config.batch, 1);
+
+  size_t kv_nbytes = 0, q_width = 0, kv_width = 0, ffn_width = 0, partial = 0;
+  max_cols_ = m.hidden;
+  for (const Layer& layer : m.layers) {
+    const Linear* linears[] = {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down};
+    for (const Linear* linear : linears)
+      if (linear->present()) max_cols_ = std::max(max_cols_, linear->cols());
+    layer_kernels_.push_back({kernel_for(layer.q), kernel_for(layer.k), kernel_for(layer.v), kernel_for(layer.o),
+                              kernel_for(layer.gate), kernel_for(layer.up), kernel_for(layer.down)});
+    KvLayout layout{config_.kv, layer.head_dim};
+    kv_layout_.push_back(layout);
+    key_head_nbytes_.push_back(aligned64(config_.context / kLanes * layout.key_tile_nbytes()));
+    value_head_nbytes_.push_back(aligned64(config_.context * layout.value_nbytes()));
+    kv_offset_.push_back(kv_nbytes);
+    kv_nbytes += config_.slots * layer.kv_heads * (key_head_nbytes_.back() + value_head_nbytes_.back());
+    q_width = std::max(q_width, layer.heads * layer.head_dim);
+    kv_width = std::max(kv_width, layer.kv_heads * layer.head_dim);
+    ffn_width = std::max(ffn_width, layer.up.rows());
+    const size_t chunks = (config_.context + kChunk - 1) / kChunk;
+    partial = std::max(partial, layer.heads * chunks * (layout.padded() + 2));
+  }
+  if (m.head.present()) head_kernel_ = kernel_for(m.head);
+  kv_ = Pages(kv_nbytes);
+
+  hidden_stride_ = padded16(m.hidden);
+  q_stride_ = padded16(q_width);
+  kv_stride_ = padded16(kv_width);
+  ffn_stride_ = padded16(ffn_width);
+  const size_t n = config_.batch;
+  x_ = Pages(n * hidden_stride_ * 4);
+  q_ = Pages(n * q_stride_ * 4);
+  k_ = Pages(n * kv_stride_ * 4);
+  v_ = Pages(n * kv_stride_ * 4);
+  attention_ = Pages(n * q_stride_ * 4);
+  ffn_ = Pages(n * ffn_stride_ * 4);
+  partial_ = Pages(partial * 4);
+  const size_t whole = std::max<size_t>(n, kLanes);
+  input_nbytes_int8_ = Activations::nbytes_int8(whole, max_cols_, kLanes);
+  shared_inputs_ = Pages(input_nbytes_int8_ + Activations::nbytes_float(whole, max_cols_, kLanes));
+  const size_t one = Activations::nbytes_int8(1, max_cols_, 1) + Activations::nbytes_float(1, max_cols_, 1);
+  for (size_t t = 0; t < config_.threads; ++t) {
+    thread_inputs_.emplace_back(one);
+    thread_rows_.emplace_back((padded16(max_cols_) + 1024) * 4);
+    thread_attention_.emplace_back((kAttentionScratch + kMaxQueries * 2 * 1024) * 4);
+  }
+  if (m.head.present()) {
+    logits_stride_ = padded16(m.vocab);
+    logits_rows_ = std::clamp<size_t>(kLogitsNbytes / (logits_stride_ * 4), 1, kLanes);
+    logits_ = Pages(logits_rows_ * logits_stride_ * 4);
+  }
+  lengths_.assign(config_.slots, 0);
+  cosine_.resize(m.ropes.size());
+  sine_.resize(m.ropes.size());
+}
+
+size_t Session::scratch_nbytes() const {
+  size_t total = x_.nbytes() + q_.nbytes() + k_.nbytes() + v_.nbytes() + attention_.nbytes() + ffn_.nbytes() +
+                 shared_inputs_.nbytes() + partial_.nbytes() + logits_.nbytes();
+  for (const Pages& pages : thread_inputs_) total += pages.nbytes();
+  for (const Pages& pages : thread_rows_) total += pages.nbytes();
+  for (const Pages& pages : thread_attention_) total += pages.nbytes();
+  for (const Rope& rope : model_->ropes) total += 2 * rope.inverse_frequency.size() * config_.context * sizeof(float);
+  return total;
+}
+
+uint8_t* Session::keys(size_t layer, size_t slot, size_t head) const {
+  const size_t heads = model_->layers[layer].kv_heads;
+  return kv_.data() + kv_offset_[layer] + (slot * heads + head) * (key_head_nbytes_[layer] + value_head_nbytes_[layer]);
+}
+
+uint8_t* Session::values(size_t layer, size_t slot, size_t head) const {
+  return keys(layer, slot, head) + key_head_nbytes_[layer];
+}
+
+void Session::truncate(size_t slot, size_t length) {
+  if (length > lengths_.at(slot))
+    throw std::invalid_argument("truncate to " + std::to_string(length) + " positions, but the slot holds " +
+                                std::to_string(lengths_[slot]));
+  lengths_[slot] = length;
+  have_logits_ = false;
+  pending_ = -1;
+}
+
+void Session::ensure_rope(size_t positions) {
+  if (positions <= rope_positions_) return;
+  // Grow in steps, so that a long generation does not do this for every token.
+  const size_t upto = std::min(config_.context, std::max(positions, rope_positions_ + 512));
+  for (size_t r = 0; r < model_->ropes.size(); ++r) {
+    const Rope& rope = model_->ropes[r];
+    const size_t half = rope.inverse_frequency.size();
+    cosine_[r].resize(upto * half);
+    sine_[r].resize(upto * half);
+    for (size_t p = rope_positions_; p < upto; ++p)
+      for (size_t i = 0; i < half; ++i) {
+        const double angle = static_cast<double>(p) * static_cast<double>(rope.inverse_frequency[i]);
+        cosine_[r][p * half + i] = static_cast<float>(std::cos(angle) * rope.attention_factor);
+        sine_[r][p * half + i] = static_cast<float>(std::sin(angle) * rope.attention_factor);
+      }
+  }
+  rope_positions_ = upto;
+}
+
+void Session::begin(const int32_t* tokens, const int32_t* slots, size_t count) {
+  const Model& m = *model_;
+  if (count == 0 || count > config_.batch)
+    throw std::invalid_argument("a pass takes 1 to " + std::to_string(config_.batch) + " tokens; given " + std::to_string(count));
+  std::vector<size_t> next = lengths_;
+  positions_.resize(count);
+  size_t highest = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (tokens[i] < 0 || static_cast<size_t>(tokens[i]) >= m.vocab)
+      throw std::invalid_argument("token " + std::to_string(tokens[i]) + " is outside the vocabulary of " + std::to_string(m.vocab));
+    if (slots[i] < 0 || static_cast<size_t>(slots[i]) >= config_.slots)
+      throw std::invalid_argument("slot " + std::to_string(slots[i]) + ", but the session has " + std::to_string(config_.slots));
+    const size_t position = next[static_cast<size_t>(slots[i])]++;
+    if (position >= config_.context)
+      throw ContextOverflow("position " + std::to_string(position) + " is beyond the context of " +
+                            std::to_string(config_.context) + " positions");
+    if (!m.position_embedding.empty() && (position + m.position_offset + 1) * m.hidden > m.position_embedding.size())
+      throw ContextOverflow("position " + std::to_string(position) + " has no position embedding");
+    positions_[i] = static_cast<int32_t>(position);
+    highest = std::max(highest, position + 1);
+  }
+  tokens_.assign(tokens, tokens + count);
+  slots_.assign(slots, slots + count);
+  count_ = count;
+  lengths_ = std::move(next);
+  ends_.resize(config_.slots);
+  for (size_t s = 0; s < config_.slots; ++s) ends_[s] = static_cast<int32_t>(lengths_[s]);
+  have_logits_ = false;
+  pending_ = -1;
+  ensure_rope(highest);
+  pool_.run([this](size_t thread) { embed(thread); });
+}
+
+void Session::run_layers(size_t first, size_t last) {
+  if (first > last || last > model_->layers.size())
+    throw std::invalid_argument("layers " + std::to_string(first) + " to " + std::to_string(last) + " of " +
+                                std::to_string(model_->layers.size()));
+  pool_.run([=, this](size_t thread) {
+    for (size_t layer = first; layer < last; ++layer) run_layer(layer, thread);
+  });
+}
+
+void Session::forward(const int32_t* tokens, const int32_t* slots, size_t count) {
+  begin(tokens, slots, count);
+  run_layers(0, model_->layers.size());
+}
+
+template <class Consume>
+void Session::each_logits(const int32_t* rows, size_t n, Consume consume) {
+  if (!model_->head.present()) throw std::invalid_argument("this model is an encoder: it has no logits");
+  for (size_t i = 0; i < n; ++i)
+    if (rows[i] < 0 || static_cast<size_t>(rows[i]) >= count_)
+      throw std::invalid_argument("row " + std::to_string(rows[i]) + " of a pass of " + std::to_string(count_) + " tokens");
+  for (size_t done = 0; done < n; done += logits_rows_) {
+    const size_t part = std::min(logits_rows_, n - done);
+    pool_.run([&](size_t thread) { head(rows + done, part, logits_.floats(), logits_stride_, thread); });
+    for (size_t i = 0; i < part; ++i) consume(done + i, logits_.floats() + i * logits_stride_);
+  }
+}
+
+void Session::logits(const int32_t* rows, size_t n, float* out) {
+  const size_t vocab = model_->vocab;
+  each_logits(rows, n, [&](size_t i, const float* row) { std::memcpy(out + i * vocab, row, vocab * sizeof(float)); });
+}
+
+void Session::log_probs(const int32_t* rows, const int32_t* targets, size_t n, double* out) {
+  const size_t vocab = model_->vocab;
+  for (size_t i = 0; i < n; ++i)
+    if (targets[i] < 0 || static_cast<size_t>(targets[i]) >= vocab)
+      throw std::invalid_argument("target " + std::to_string(targets[i]) + " is outside the vocabulary of " + std::to_string(vocab));
+  each_logits(rows, n, [&](size_t i, const float* row) {
+    out[i] = static_cast<double>(row[targets[i]]) - log_sum_exp(row, vocab);
+  });
+}
+
+void Session::prefill(size_t slot, const int32_t* tokens, size_t n) {
+  if (n == 0) throw std::invalid_argument("a prompt has at least one token");
+  if (lengths_.at(slot) + n > config_.context)
+    throw ContextOverflow(std::to_string(lengths_[slot] + n) + " tokens do not fit the context of " +
+                          std::to_string(config_.context));
+  const std::vector<int32_t> slots(std::min(n, config_.batch), static_cast<int32_t>(slot));
+  for (size_t done = 0; done < n; done += config_.batch) forward(tokens + done, slots.data(), std::min(config_.batch, n - done));
+  const int32_t last = static_cast<int32_t>(count_ - 1);
+  last_logits_.resize(model_->vocab);
+  logits(&last, 1, last_logits_.data());
+  have_logits_ = true;
+}
+
+std::vector<Choice> Session::generate(size_t slot, Sampler& sampler, size_t n, const std::vector<int32_t>& stop) {
+  std::vector<Choice> choices;
+  while (choices.size() < n) {
+    if (pending_ >= 0) {  // the token sampled last is fed only when another is wanted
+      const int32_t token = pending_;
+      prefill(slot, &token, 1);
+    }
+    if (!have_logits_) throw std::invalid_argument("generate() continues a prompt: call prefill() first");
+    choices.push_back(sampler.sample(last_logits_.data(), model_->vocab));
+    pending_ = choices.back().token;
+    if (std::find(stop.begin(), stop.end(), pending_) != stop.end()) break;
+  }
+  return choices;
+}
+
+}  // namespace edgewise

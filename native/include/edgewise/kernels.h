@@ -1,0 +1,88 @@
+// What the engine calls: one table of functions per instruction tier, chosen once.
+#pragma once
+#include "edgewise/cpu.h"
+#include "edgewise/packed.h"
+
+namespace edgewise {
+
+// out (count, 16) = 16 rows of a panel times tokens slot..slot+count-1 of a tile. The padding rows of the last panel
+// give zeros.
+using MatmulKernel = void (*)(const PackedMatrix& w, size_t panel, const Activations& x, size_t tile, size_t slot,
+                              size_t count, float* out);
+
+enum class Gate { Silu, Gelu, GeluTanh, Relu };
+
+// Keys and values of one head: positions in tiles of 16 (keys) and one after the other (values).
+enum class KvType : uint8_t { Float32, Float16, Int8, Int4 };
+
+struct KvLayout {
+  KvType type = KvType::Float16;
+  size_t head_dim = 0;
+  EDGEWISE_INLINE size_t padded() const { return (head_dim + kBlock - 1) / kBlock * kBlock; }
+  size_t key_tile_nbytes() const;   // 16 positions
+  size_t value_nbytes() const;      // one position
+  PackedFormat key_format() const;  // quantised keys are packed matrices whose rows are positions
+};
+
+inline constexpr size_t kChunk = 256;    // positions that one softmax partial covers: fixed, so that bits do not move
+inline constexpr size_t kMaxQueries = 12;  // queries that share a pass over keys and values
+
+// Partial attention of up to kMaxQueries queries over one chunk of positions.
+struct AttentionTask {
+  const KvLayout* layout;
+  const uint8_t* keys;    // of the head, from position 0
+  const uint8_t* values;
+  const float* q;         // (queries, q_stride)
+  size_t q_stride, queries;
+  const int32_t* begin;   // each query sees positions begin <= p < end
+  const int32_t* end;
+  float scale;
+};
+
+struct RowKernels {
+  // y = norm(x) over n values; bias may be null. weight may be null (ones).
+  void (*rms_norm)(const float* x, const float* weight, float eps, size_t n, float* y);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, size_t n, float* y);
+  // y = x + y, over n values.
+  void (*add)(const float* x, size_t n, float* y);
+  // up = f(gate) * up, or f(up) when gate is null, over n values (a multiple of 16).
+  void (*gate)(Gate function, const float* gate, float* up, size_t n);
+  // One token into its slot of x: cols floats, padded with zeros.
+  void (*quantise)(const float* row, Activations& x, size_t token);
+  void (*place)(const float* row, Activations& x, size_t token);
+};
+
+struct AttentionKernels {
+  // Write one position's key and value (head_dim floats each).
+  void (*store_key)(const KvLayout& layout, const float* key, size_t position, uint8_t* keys);
+  void (*store_value)(const KvLayout& layout, const float* value, size_t position, uint8_t* values);
+  // One chunk: out (queries, padded head_dim) unnormalised, peak and weight (queries). scratch: kAttentionScratch floats.
+  void (*chunk)(const AttentionTask& task, size_t chunk, float* out, float* peak, float* weight, float* scratch);
+  // Merge a later partial into an earlier one; finish divides by the weight.
+  void (*merge)(float* out, float* peak, float* weight, const float* later, float later_peak, float later_weight, size_t n);
+  void (*finish)(const float* sum, float weight, size_t n, float* out);
+};
+inline constexpr size_t kAttentionScratch = kMaxQueries * kChunk + kMaxQueries * 1024;
+
+struct Kernels {
+  Tier tier;
+  MatmulKernel (*matmul)(const PackedFormat& format);  // null for a format without a kernel
+  RowKernels rows;
+  AttentionKernels attention;
+};
+
+// The table of a tier that this processor can run.
+const Kernels& kernels(Tier tier);
+
+#define EDGEWISE_DECLARE_TIER(name)                            \
+  namespace name {                                             \
+  MatmulKernel matmul_kernel(const PackedFormat& format);      \
+  RowKernels row_kernels();                                    \
+  AttentionKernels attention_kernels();                        \
+  }
+EDGEWISE_DECLARE_TIER(reference)
+EDGEWISE_DECLARE_TIER(avx2)
+EDGEWISE_DECLARE_TIER(avx512)
+#undef EDGEWISE_DECLARE_TIER
+
+}  // namespace edgewise

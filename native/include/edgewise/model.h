@@ -1,0 +1,58 @@
+// The weights of a Plan in packed form. Built once, then only read.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "edgewise/kernels.h"
+#include "edgewise/packed.h"
+
+namespace edgewise {
+
+struct Linear {
+  PackedMatrix weight;
+  std::vector<float> bias;  // (rows), or empty
+  size_t rows() const { return weight.rows; }
+  size_t cols() const { return weight.cols; }
+  bool present() const { return weight.data != nullptr; }
+  bool int8_inputs() const { return weight.format.quantised(); }
+};
+
+struct Norm {
+  enum class Kind { None, Rms, Layer } kind = Kind::None;
+  std::vector<float> weight, bias;
+  float eps = 0;
+};
+
+struct Rope {
+  std::vector<float> inverse_frequency;  // (rotary / 2)
+  float attention_factor = 1;
+};
+
+enum class Visible { Causal, Sliding, Full };
+
+struct Layer {
+  Linear q, k, v, o, gate, up, down;  // gate may be absent
+  Norm attention_norm, feed_forward_norm;
+  size_t heads = 0, kv_heads = 0, head_dim = 0;
+  float scale = 1;
+  int rope = -1;  // index into Model::ropes
+  Visible visible = Visible::Causal;
+  size_t window = 0;
+  Gate function = Gate::Silu;
+  bool post_norm = false;
+};
+
+struct Model {
+  size_t hidden = 0, vocab = 0, context = 0;
+  Linear embedding, head;  // head absent: an encoder
+  std::vector<Layer> layers;
+  std::vector<Rope> ropes;
+  Norm final_norm, embedding_norm;
+  std::vector<float> position_embedding;  // (positions, hidden)
+  size_t position_offset = 0;
+  std::vector<float> token_type_embedding;  // (types, hidden); type 0 is added
+  float embedding_scale = 1, logit_scale = 1;
+};
+
+}  // namespace edgewise

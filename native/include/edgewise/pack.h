@@ -1,0 +1,29 @@
+// From stored weights to the packed form: a permutation, never another rounding.
+#pragma once
+#include "edgewise/packed.h"
+#include "io/blocks.h"
+
+namespace edgewise {
+
+// The packed format of a GGUF block type.
+PackedFormat packed_format_of(BlockType type);
+
+// Bytes of a packed (rows, cols) matrix.
+size_t packed_nbytes(const PackedFormat& format, size_t rows, size_t cols);
+
+// raw: rows x (cols / values) blocks, row by row. Panels [begin, end) of 16 rows are written.
+void pack_blocks(BlockType type, const uint8_t* raw, size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out);
+
+// codes: (rows, cols) unsigned codes, symmetric ones already shifted by 2^(bits-1). scales, minima: (rows, groups)
+// float32 that the format's scale type represents exactly, with `group` inputs each (a multiple of 16 or the row).
+void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* scales, const float* minima, size_t group,
+                size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out);
+
+// values: (rows, cols) float32, float16 or bfloat16 as the format's element says.
+void pack_floats(const PackedFormat& format, const uint8_t* values, size_t rows, size_t cols, size_t begin, size_t end,
+                 uint8_t* out);
+
+// One row of a packed matrix as float32, (cols): for embedding look-ups and tests.
+void unpack_row(const PackedMatrix& w, size_t row, float* out);
+
+}  // namespace edgewise

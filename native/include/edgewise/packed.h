@@ -1,0 +1,80 @@
+// The packed form of a weight: rows interleaved by sixteen, one lane per row, blocks of 32 inputs.
+//
+// A panel is 16 rows. A quantised panel is a sequence of records; a record holds the scales of `record_inputs` inputs,
+// then their minima, then the codes of each of its blocks. A block of 32 inputs is, for a width of
+//   8 bits   8 x 64 bytes: load i holds inputs 4i..4i+3 of each row;
+//   4 bits   4 x 64 bytes: load i holds inputs 8i..8i+3 in the low and 8i+4..8i+7 in the high nibbles;
+//   2 bits   2 x 64 bytes: load i holds inputs 16i+4c..16i+4c+3 in the bit pairs c = 0..3;
+//   1 bit    1 x 64 bytes: bit j holds inputs 4j..4j+3;
+//   3, 5, 6 bits   the planes of 2+1, 4+1, 4+2 bits, low bits first.
+// A float panel is K columns of 16 values.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+// Kernels of every tier use these small members: always inlined, so that no tier emits a copy that another could get.
+#define EDGEWISE_INLINE [[gnu::always_inline]] inline
+
+namespace edgewise {
+
+inline constexpr size_t kLanes = 16;
+inline constexpr size_t kBlock = 32;
+
+enum class Element : uint8_t { Float32, Float16, BFloat16, Integer, Table };
+enum class ScaleType : uint8_t { Float16, Float32, Exponent, Nested };
+
+struct PackedFormat {
+  Element element = Element::Float32;
+  uint8_t bits = 32;           // width of a code
+  bool has_min = false;        // value = scale * code + minimum; else scale * (code - 2^(bits-1)), 8 bits included
+  ScaleType scale = ScaleType::Float16;
+  uint8_t sub_group = 32;      // inputs that share a (sub-)scale within a block: 16 or 32
+  uint32_t record_inputs = 32; // inputs whose scales lie in one record: a multiple of 32; Nested: 256
+  int8_t table[16] = {};       // Element::Table: value = scale * table[code]
+
+  EDGEWISE_INLINE bool quantised() const { return element == Element::Integer || element == Element::Table; }
+  EDGEWISE_INLINE size_t block_nbytes() const { return kLanes * kBlock * bits / 8; }
+  EDGEWISE_INLINE size_t scale_nbytes() const { return scale == ScaleType::Float32 ? 4 : scale == ScaleType::Exponent ? 1 : 2; }
+  size_t header_nbytes() const;             // scales and minima of a record
+  size_t record_nbytes(size_t blocks) const;
+  size_t panel_nbytes(size_t cols) const;
+};
+
+struct PackedMatrix {
+  PackedFormat format;
+  size_t rows = 0, cols = 0;
+  const uint8_t* data = nullptr;
+  size_t nbytes = 0, panel_nbytes = 0;
+  std::shared_ptr<const void> owner;
+
+  EDGEWISE_INLINE size_t panels() const { return (rows + kLanes - 1) / kLanes; }
+  EDGEWISE_INLINE const uint8_t* panel(size_t index) const { return data + index * panel_nbytes; }
+};
+
+// Inputs of a matmul for up to `capacity` tokens, in tiles of `slots` (1 or 16) so that a kernel reads them in order.
+// For tile t, block b and slot s:  q[((t * blocks + b) * slots + s) * 32 ...], scale[(t * blocks + b) * slots + s].
+// Floats are f[(t * padded + k) * slots + s].
+struct Activations {
+  size_t tokens = 0, cols = 0, slots = 1;
+  EDGEWISE_INLINE size_t blocks() const { return (cols + kBlock - 1) / kBlock; }
+  EDGEWISE_INLINE size_t padded() const { return blocks() * kBlock; }
+  EDGEWISE_INLINE size_t tiles() const { return (tokens + slots - 1) / slots; }
+
+  int8_t* q = nullptr;
+  float* scale = nullptr;
+  int32_t* negated_sum = nullptr;       // - sum of q over the block
+  int32_t* negated_sum_low = nullptr;   // - sum over its first 16 inputs
+  float* sum = nullptr;                 // scale * sum of q over the block
+  float* sum_low = nullptr;             // ... its first 16, and its last 16
+  float* sum_high = nullptr;
+  float* f = nullptr;
+
+  static size_t nbytes_int8(size_t tokens, size_t cols, size_t slots);
+  static size_t nbytes_float(size_t tokens, size_t cols, size_t slots);
+  // Lay the int8 or the float fields over a buffer of at least that many bytes, 64-byte aligned.
+  void place_int8(uint8_t* buffer);
+  void place_float(uint8_t* buffer);
+};
+
+}  // namespace edgewise

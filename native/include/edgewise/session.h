@@ -1,0 +1,160 @@
+// Runs a Model: sequences in slots, each with its keys and values; batches of tokens from any of them.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "edgewise/model.h"
+#include "edgewise/pool.h"
+#include "edgewise/sampler.h"
+
+namespace edgewise {
+
+struct ContextOverflow : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Memory that the system hands out zeroed and only when touched.
+class Pages {
+ public:
+  Pages() = default;
+  explicit Pages(size_t nbytes);
+  ~Pages();
+  Pages(Pages&& other) noexcept : data_(other.data_), nbytes_(other.nbytes_) { other.data_ = nullptr; }
+  Pages& operator=(Pages&& other) noexcept;
+  uint8_t* data() const { return data_; }
+  float* floats() const { return reinterpret_cast<float*>(data_); }
+  size_t nbytes() const { return nbytes_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t nbytes_ = 0;
+};
+
+struct SessionConfig {
+  KvType kv = KvType::Float16;
+  size_t context = 0;  // positions per slot
+  size_t slots = 1;
+  size_t threads = 1;
+  size_t batch = 256;  // tokens in one pass
+};
+
+// Inputs of a layer's linears, kept when capture is on.
+enum class Site { Attention, Output, FeedForward, Down };
+
+class Session {
+ public:
+  Session(std::shared_ptr<const Model> model, const SessionConfig& config);
+
+  // One pass over up to `batch` tokens: token i continues slot slots[i] at that slot's next position.
+  // Several tokens of one slot are in order. Afterwards hidden() holds their states, ready for logits().
+  void forward(const int32_t* tokens, const int32_t* slots, size_t count);
+
+  // The same in steps, for policies that act between layers.
+  void begin(const int32_t* tokens, const int32_t* slots, size_t count);
+  void run_layers(size_t first, size_t last);
+
+  size_t count() const { return count_; }
+  float* hidden() { return x_.floats(); }
+  size_t hidden_stride() const { return hidden_stride_; }
+
+  // Logits of `n` rows of the last pass, (n, vocab) row by row.
+  void logits(const int32_t* rows, size_t n, float* out);
+  // Log-probability of targets[i] after row rows[i].
+  void log_probs(const int32_t* rows, const int32_t* targets, size_t n, double* out);
+  // Final-normed hidden states of rows of the last pass, (n, hidden).
+  void normed(const int32_t* rows, size_t n, float* out);
+
+  // Tokens of a prompt in passes; keeps the logits of the last one for generate().
+  void prefill(size_t slot, const int32_t* tokens, size_t n);
+  // Up to n tokens, each sampled from the logits before it; stops after a stop token (reported, not fed).
+  std::vector<Choice> generate(size_t slot, Sampler& sampler, size_t n, const std::vector<int32_t>& stop);
+  const std::vector<float>& last_logits() const { return last_logits_; }
+
+  size_t length(size_t slot) const { return lengths_.at(slot); }
+  void truncate(size_t slot, size_t length);
+  size_t kv_nbytes() const { return kv_.nbytes(); }
+  size_t scratch_nbytes() const;
+  size_t threads() const { return pool_.threads(); }
+  Tier tier() const { return kernels_.tier; }
+  const SessionConfig& config() const { return config_; }
+  const Model& model() const { return *model_; }
+
+  void set_capture(bool on) { capture_ = on; }
+  // (count, cols) of the last layer run; empty when capture is off.
+  const std::vector<float>& captured(Site site) const { return captured_[static_cast<size_t>(site)]; }
+
+ private:
+  struct Work {  // one linear over the inputs of a phase
+    const Linear* linear;
+    MatmulKernel kernel;
+    float* y;
+    size_t stride;
+    bool add;
+  };
+  struct Inputs {
+    Activations int8, floats;
+  };
+  struct LayerKernels {
+    MatmulKernel q, k, v, o, gate, up, down;
+  };
+
+  MatmulKernel kernel_for(const Linear& linear) const;
+  void embed(size_t thread);
+  void run_layer(size_t index, size_t thread);
+  template <class Row>
+  Inputs prepare(size_t thread, size_t cols, size_t tokens, bool int8, bool floats, Site site, Row row);
+  void multiply(const Work* works, size_t n, const Inputs& inputs, size_t tokens);
+  void gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs);
+  void attend_one(const Layer& layer, size_t index, size_t thread);
+  void merge_one(const Layer& layer, size_t index, float* out) const;
+  void attend_many(const Layer& layer, size_t index, size_t thread);
+  void visible_range(const Layer& layer, size_t token, int32_t& begin, int32_t& end) const;
+  void norm_rows(const Norm& norm, size_t thread);
+  void head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread);
+  void rope(const Layer& layer, float* heads, size_t count, size_t token) const;
+  uint8_t* keys(size_t layer, size_t slot, size_t head) const;
+  uint8_t* values(size_t layer, size_t slot, size_t head) const;
+  void ensure_rope(size_t positions);
+  template <class Consume>
+  void each_logits(const int32_t* rows, size_t n, Consume consume);
+
+  std::shared_ptr<const Model> model_;
+  SessionConfig config_;
+  const Kernels& kernels_;
+  Pool pool_;
+  MatmulKernel head_kernel_ = nullptr;
+  std::vector<LayerKernels> layer_kernels_;
+
+  std::vector<KvLayout> kv_layout_;      // per layer
+  std::vector<size_t> kv_offset_;        // per layer, of slot 0
+  std::vector<size_t> key_head_nbytes_;  // per layer
+  std::vector<size_t> value_head_nbytes_;
+  Pages kv_;
+
+  size_t count_ = 0;
+  std::vector<int32_t> tokens_, slots_, positions_, ends_;
+  std::vector<size_t> lengths_;
+  size_t hidden_stride_ = 0, q_stride_ = 0, kv_stride_ = 0, ffn_stride_ = 0;
+  Pages x_, q_, k_, v_, attention_, ffn_;
+  Pages shared_inputs_;               // activations of a phase, when the threads split the rows
+  std::vector<Pages> thread_inputs_;  // ... of each thread, when every thread makes its own
+  std::vector<Pages> thread_rows_;
+  std::vector<Pages> thread_attention_;
+  Pages partial_;                     // chunks of one token's attention
+  size_t input_nbytes_int8_ = 0, max_cols_ = 0;
+  Pages logits_;
+  size_t logits_rows_ = 0, logits_stride_ = 0;
+  std::vector<float> last_logits_;
+  bool have_logits_ = false;
+  int32_t pending_ = -1;
+
+  std::vector<std::vector<float>> cosine_, sine_;  // per rope: (positions, rotary / 2)
+  size_t rope_positions_ = 0;
+
+  bool capture_ = false;
+  std::vector<float> captured_[4];
+};
+
+}  // namespace edgewise

@@ -1,0 +1,7 @@
+#include "edgewise/kernels.h"
+#include "kernels/lanes_avx512.h"
+
+namespace edgewise::avx512 {
+#include "kernels/functions.inl.h"
+#include "kernels/attention/attention.inl.h"
+}  // namespace edgewise::avx512

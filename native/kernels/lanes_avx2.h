@@ -1,0 +1,163 @@
+// Sixteen lanes on AVX2: two registers of each kind. See lanes.md for the contract that all lane headers meet.
+#pragma once
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace edgewise::avx2 {
+
+constexpr int kTile = 4;  // tokens whose accumulators fit in registers
+
+struct Floats { __m256 a, b; };
+struct Ints { __m256i a, b; };
+struct Codes { __m256i a, b; };  // 64 unsigned bytes: four per lane
+
+static inline __m256i bytes32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline __m128i bytes16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+static inline __m128i bytes8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+
+static inline Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+static inline Floats set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+static inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline void store(float* p, Floats x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+static inline Floats load_half(const uint16_t* p) { return {_mm256_cvtph_ps(bytes16(p)), _mm256_cvtph_ps(bytes16(p + 8))}; }
+static inline void store_half(uint16_t* p, Floats x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, mode));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.b, mode));
+}
+static inline __m256 bfloat8(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bytes16(p)), 16));
+}
+static inline Floats load_bfloat(const uint16_t* p) { return {bfloat8(p), bfloat8(p + 8)}; }
+static inline __m256 half_exponent8(const uint8_t* p) {
+  __m256i e = _mm256_cvtepu8_epi32(bytes8(p));
+  __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+  __m256i subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+  return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, subnormal, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
+}
+// Powers of two from the exponent bytes of E8M0, halved: 2^(e - 128).
+static inline Floats load_half_exponent(const uint8_t* p) { return {half_exponent8(p), half_exponent8(p + 8)}; }
+static inline Floats load_int8(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes8(p))), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes8(p + 8)))};
+}
+static inline Floats load_uint8(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes8(p))), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes8(p + 8)))};
+}
+
+static inline Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+static inline Floats sub(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+static inline Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+static inline Floats div(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+static inline Floats max(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+static inline Floats min(Floats x, Floats y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+static inline Floats abs(Floats x) {
+  __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+static inline Floats fma(Floats x, Floats y, Floats z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+static inline Floats fnma(Floats x, Floats y, Floats z) {
+  return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
+}
+static inline Floats round_even(Floats x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+}
+static inline __m256 first8(int n, __m256 x, __m256 y) {
+  __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
+}
+// The first n lanes of x, the others from y.
+static inline Floats first(int n, Floats x, Floats y) { return {first8(n, x.a, y.a), first8(n - 8, x.b, y.b)}; }
+static inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+static inline Ints to_ints(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+static inline __m256 power8(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+// x * 2^n for integral n in [-126, 127].
+static inline Floats scale_by_power(Floats x, Floats n) {
+  return {_mm256_mul_ps(x.a, power8(n.a)), _mm256_mul_ps(x.b, power8(n.b))};
+}
+static inline void store_int8(int8_t* p, Ints x) {
+  // The 16-bit pack works within 128-bit halves: put the four quarters in order before the last pack.
+  __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
+  __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
+static inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline Ints set1_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+static inline Ints shift_left(Ints x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+
+static inline Codes load_codes(const uint8_t* p) { return {bytes32(p), bytes32(p + 32)}; }
+static inline Codes set1_codes(uint8_t x) {
+  __m256i v = _mm256_set1_epi8(static_cast<char>(x));
+  return {v, v};
+}
+static inline Codes both(Codes x, Codes y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+static inline Codes either(Codes x, Codes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+// Shifts of 16-bit words: mask afterwards (right) or before (left).
+static inline Codes shift_right(Codes x, int n) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
+static inline Codes shift_left(Codes x, int n) { return {_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)}; }
+static inline Codes table(const uint8_t* p) {
+  __m256i v = _mm256_broadcastsi128_si256(bytes16(p));
+  return {v, v};
+}
+static inline Codes look_up(Codes t, Codes index) {
+  return {_mm256_shuffle_epi8(t.a, index.a), _mm256_shuffle_epi8(t.b, index.b)};
+}
+
+static inline __m256i spread4(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+static inline __m256i pairs_to_lanes(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+// sum + codes . x over four inputs, codes at most 127: a 16-bit pair sum cannot saturate.
+static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) {
+  __m256i four = spread4(x);
+  return {_mm256_add_epi32(sum.a, pairs_to_lanes(_mm256_maddubs_epi16(codes.a, four))),
+          _mm256_add_epi32(sum.b, pairs_to_lanes(_mm256_maddubs_epi16(codes.b, four)))};
+}
+// sum + (codes - 128) . x. Magnitude times sign-adjusted input: 2 * 128 * 127 still fits 16 bits.
+static inline __m256i dot4_signed(__m256i sum, __m256i codes, __m256i four) {
+  __m256i value = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
+  __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(four, value));
+  return _mm256_add_epi32(sum, pairs_to_lanes(pairs));
+}
+static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) {
+  __m256i four = spread4(x);
+  return {dot4_signed(sum.a, codes.a, four), dot4_signed(sum.b, codes.b, four)};
+}
+static inline Ints start_full(int32_t) { return zero_ints(); }
+
+static inline float lowest_sum(__m128 a) {
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
+}
+// Sum of lanes, halves folded onto each other: 8, 4, 2, 1.
+static inline float reduce_add(Floats x) {
+  __m256 half = _mm256_add_ps(x.a, x.b);
+  return lowest_sum(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+static inline float reduce_max(Floats x) {
+  __m256 half = _mm256_max_ps(x.a, x.b);
+  __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+static inline int32_t reduce_add(Ints x) {
+  __m256i half = _mm256_add_epi32(x.a, x.b);
+  __m128i quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  quarter = _mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0xB1)));
+}
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace edgewise::avx2

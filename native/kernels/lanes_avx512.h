@@ -1,0 +1,110 @@
+// Sixteen lanes on AVX-512: one register of each kind. See lanes.md for the contract that all lane headers meet.
+#pragma once
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace edgewise::avx512 {
+
+constexpr int kTile = 16;  // tokens whose accumulators fit in registers
+
+struct Floats { __m512 v; };
+struct Ints { __m512i v; };
+struct Codes { __m512i v; };  // 64 unsigned bytes: four per lane
+
+static inline Floats zero() { return {_mm512_setzero_ps()}; }
+static inline Floats set1(float x) { return {_mm512_set1_ps(x)}; }
+static inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+static inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
+static inline Floats load_half(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+static inline void store_half(uint16_t* p, Floats a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline Floats load_bfloat(const uint16_t* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+// Powers of two from the exponent bytes of E8M0, halved: 2^(e - 128).
+static inline Floats load_half_exponent(const uint8_t* p) {
+  __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+  __m512i subnormal = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
+  __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+  return {_mm512_castsi512_ps(_mm512_mask_blend_epi32(small, normal, subnormal))};
+}
+static inline Floats load_int8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+static inline Floats load_uint8(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
+static inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+static inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+static inline Floats abs(Floats a) { return {_mm512_abs_ps(a.v)}; }
+static inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+static inline Floats fnma(Floats a, Floats b, Floats c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+static inline Floats round_even(Floats a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// The first n lanes of a, the others from b.
+static inline Floats first(int n, Floats a, Floats b) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(n >= 16 ? 0xFFFF : (1u << n) - 1u), b.v, a.v)};
+}
+static inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+static inline Ints to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
+// a * 2^n for integral n in [-126, 127].
+static inline Floats scale_by_power(Floats a, Floats n) {
+  __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
+  return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(bits))};
+}
+static inline void store_int8(int8_t* p, Ints a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+
+static inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
+static inline Ints set1_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+static inline Ints shift_left(Ints a, int n) { return {_mm512_slli_epi32(a.v, static_cast<unsigned>(n))}; }
+
+static inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline Codes set1_codes(uint8_t x) { return {_mm512_set1_epi8(static_cast<char>(x))}; }
+static inline Codes both(Codes a, Codes b) { return {_mm512_and_si512(a.v, b.v)}; }
+static inline Codes either(Codes a, Codes b) { return {_mm512_or_si512(a.v, b.v)}; }
+// Shifts of 16-bit words: mask afterwards (right) or before (left).
+static inline Codes shift_right(Codes a, int n) { return {_mm512_srli_epi16(a.v, static_cast<unsigned>(n))}; }
+static inline Codes shift_left(Codes a, int n) { return {_mm512_slli_epi16(a.v, static_cast<unsigned>(n))}; }
+static inline Codes table(const uint8_t* p) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+static inline Codes look_up(Codes t, Codes index) { return {_mm512_shuffle_epi8(t.v, index.v)}; }
+
+static inline __m512i spread4(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm512_set1_epi32(four);
+}
+// sum + codes . x over four inputs, codes at most 127.
+static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) { return {_mm512_dpbusd_epi32(sum.v, codes.v, spread4(x))}; }
+// sum + (codes - 128) . x over four inputs: start_full gives the sum to begin with.
+static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) { return dot4(sum, codes, x); }
+static inline Ints start_full(int32_t negated_sum_of_x) { return shift_left(set1_ints(negated_sum_of_x), 7); }
+
+static inline float lowest_sum(__m128 a) {
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
+}
+// Sum of lanes, halves folded onto each other: 8, 4, 2, 1.
+static inline float reduce_add(Floats a) {
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  return lowest_sum(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+static inline float reduce_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
+static inline int32_t reduce_add(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace edgewise::avx512

@@ -1,0 +1,121 @@
+// Sixteen lanes as plain loops: what every processor can run, and what the other lane headers have to equal.
+// See lanes.md for the contract.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "edgewise/half.h"
+
+namespace edgewise::reference {
+
+constexpr int kTile = 4;
+
+struct Floats { float v[16]; };
+struct Ints { int32_t v[16]; };
+struct Codes { uint8_t v[64]; };  // four per lane
+
+template <class Value>
+static inline Floats each(Value value) {
+  Floats out;
+  for (int i = 0; i < 16; ++i) out.v[i] = value(i);
+  return out;
+}
+template <class Value>
+static inline Ints each_int(Value value) {
+  Ints out;
+  for (int i = 0; i < 16; ++i) out.v[i] = value(i);
+  return out;
+}
+template <class Value>
+static inline Codes each_code(Value value) {
+  Codes out;
+  for (int i = 0; i < 64; ++i) out.v[i] = static_cast<uint8_t>(value(i));
+  return out;
+}
+
+static inline Floats zero() { return each([](int) { return 0.0f; }); }
+static inline Floats set1(float x) { return each([=](int) { return x; }); }
+static inline Floats load(const float* p) { return each([=](int i) { return p[i]; }); }
+static inline void store(float* p, Floats a) {
+  for (int i = 0; i < 16; ++i) p[i] = a.v[i];
+}
+static inline Floats load_half(const uint16_t* p) { return each([=](int i) { return half_to_float(p[i]); }); }
+static inline void store_half(uint16_t* p, Floats a) {
+  for (int i = 0; i < 16; ++i) p[i] = float_to_half(a.v[i]);
+}
+static inline Floats load_bfloat(const uint16_t* p) { return each([=](int i) { return bf16_to_float(p[i]); }); }
+// Powers of two from the exponent bytes of E8M0, halved: 2^(e - 128).
+static inline Floats load_half_exponent(const uint8_t* p) {
+  return each([=](int i) { return std::ldexp(1.0f, p[i] - 128); });
+}
+static inline Floats load_int8(const int8_t* p) { return each([=](int i) { return static_cast<float>(p[i]); }); }
+static inline Floats load_uint8(const uint8_t* p) { return each([=](int i) { return static_cast<float>(p[i]); }); }
+
+static inline Floats add(Floats a, Floats b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
+static inline Floats sub(Floats a, Floats b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
+static inline Floats mul(Floats a, Floats b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
+static inline Floats div(Floats a, Floats b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
+static inline Floats max(Floats a, Floats b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+static inline Floats min(Floats a, Floats b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+static inline Floats abs(Floats a) { return each([&](int i) { return std::fabs(a.v[i]); }); }
+static inline Floats fma(Floats a, Floats b, Floats c) { return each([&](int i) { return std::fmaf(a.v[i], b.v[i], c.v[i]); }); }
+static inline Floats fnma(Floats a, Floats b, Floats c) { return each([&](int i) { return std::fmaf(-a.v[i], b.v[i], c.v[i]); }); }
+static inline Floats round_even(Floats a) { return each([&](int i) { return std::nearbyintf(a.v[i]); }); }
+// The first n lanes of a, the others from b.
+static inline Floats first(int n, Floats a, Floats b) { return each([&](int i) { return i < n ? a.v[i] : b.v[i]; }); }
+static inline Floats to_floats(Ints a) { return each([&](int i) { return static_cast<float>(a.v[i]); }); }
+static inline Ints to_ints(Floats a) { return each_int([&](int i) { return static_cast<int32_t>(std::lrintf(a.v[i])); }); }
+// a * 2^n for integral n in [-126, 127].
+static inline Floats scale_by_power(Floats a, Floats n) {
+  return each([&](int i) { return a.v[i] * std::ldexp(1.0f, static_cast<int>(n.v[i])); });
+}
+static inline void store_int8(int8_t* p, Ints a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+}
+
+static inline Ints zero_ints() { return each_int([](int) { return 0; }); }
+static inline Ints set1_ints(int32_t x) { return each_int([=](int) { return x; }); }
+static inline Ints shift_left(Ints a, int n) { return each_int([&](int i) { return a.v[i] * (1 << n); }); }
+
+static inline Codes load_codes(const uint8_t* p) { return each_code([=](int i) { return p[i]; }); }
+static inline Codes set1_codes(uint8_t x) { return each_code([=](int) { return x; }); }
+static inline Codes both(Codes a, Codes b) { return each_code([&](int i) { return a.v[i] & b.v[i]; }); }
+static inline Codes either(Codes a, Codes b) { return each_code([&](int i) { return a.v[i] | b.v[i]; }); }
+// Shifts as if of single bytes: callers mask afterwards (right) or before (left), so wider words agree.
+static inline Codes shift_right(Codes a, int n) { return each_code([&](int i) { return a.v[i] >> n; }); }
+static inline Codes shift_left(Codes a, int n) { return each_code([&](int i) { return a.v[i] << n; }); }
+static inline Codes table(const uint8_t* p) { return each_code([=](int i) { return p[i % 16]; }); }
+static inline Codes look_up(Codes t, Codes index) { return each_code([&](int i) { return t.v[index.v[i]]; }); }
+
+// sum + codes . x over four inputs.
+static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) {
+  return each_int([&](int i) {
+    int32_t dot = sum.v[i];
+    for (int j = 0; j < 4; ++j) dot += codes.v[4 * i + j] * x[j];
+    return dot;
+  });
+}
+// sum + (codes - 128) . x, with the sum that start_full begins with.
+static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) { return dot4(sum, codes, x); }
+static inline Ints start_full(int32_t negated_sum_of_x) { return set1_ints(128 * negated_sum_of_x); }
+
+// Sum of lanes, halves folded onto each other: 8, 4, 2, 1.
+static inline float reduce_add(Floats a) {
+  for (int width = 8; width >= 1; width /= 2)
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  return a.v[0];
+}
+static inline float reduce_max(Floats a) {
+  float peak = a.v[0];
+  for (int i = 1; i < 16; ++i) peak = a.v[i] > peak ? a.v[i] : peak;
+  return peak;
+}
+static inline int32_t reduce_add(Ints a) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += a.v[i];
+  return sum;
+}
+static inline void prefetch(const void*) {}
+
+}  // namespace edgewise::reference

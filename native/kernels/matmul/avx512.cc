@@ -1,0 +1,6 @@
+#include "edgewise/kernels.h"
+#include "kernels/lanes_avx512.h"
+
+namespace edgewise::avx512 {
+#include "kernels/matmul/matmul.inl.h"
+}  // namespace edgewise::avx512

@@ -1,0 +1,258 @@
+// y (tokens, 16 rows of one panel) = x W^T, for every packed format. Included once per tier, inside its namespace.
+//
+// Order of additions, the same for one token and for many: blocks of a row in order; within a block the scaled integer
+// dot product first, then the minimum. Integers are exact, so only these float operations decide the bits.
+
+namespace {
+
+// Codes of inputs 4i..4i+3 of a block, for i = 0..7.
+template <int Bits>
+inline void unpack(const uint8_t* p, Codes* c);
+
+template <>
+inline void unpack<8>(const uint8_t* p, Codes* c) {
+  for (int i = 0; i < 8; ++i) c[i] = load_codes(p + 64 * i);
+}
+
+template <>
+inline void unpack<4>(const uint8_t* p, Codes* c) {
+  const Codes mask = set1_codes(0x0F);
+  for (int i = 0; i < 4; ++i) {
+    Codes pair = load_codes(p + 64 * i);
+    c[2 * i] = both(pair, mask);
+    c[2 * i + 1] = both(shift_right(pair, 4), mask);
+  }
+}
+
+template <>
+inline void unpack<2>(const uint8_t* p, Codes* c) {
+  const Codes mask = set1_codes(0x03);
+  for (int i = 0; i < 2; ++i) {
+    Codes quad = load_codes(p + 64 * i);
+    c[4 * i] = both(quad, mask);
+    c[4 * i + 1] = both(shift_right(quad, 2), mask);
+    c[4 * i + 2] = both(shift_right(quad, 4), mask);
+    c[4 * i + 3] = both(shift_right(quad, 6), mask);
+  }
+}
+
+// Bit j of the plane belongs to c[j]; it lands at bit position Place.
+template <int Place>
+inline void add_bit_plane(const uint8_t* p, Codes* c) {
+  const Codes plane = load_codes(p);
+  const Codes one = set1_codes(1);
+  for (int j = 0; j < 8; ++j) c[j] = either(c[j], shift_left(both(shift_right(plane, j), one), Place));
+}
+
+template <>
+inline void unpack<3>(const uint8_t* p, Codes* c) {
+  unpack<2>(p, c);
+  add_bit_plane<2>(p + 128, c);
+}
+
+template <>
+inline void unpack<5>(const uint8_t* p, Codes* c) {
+  unpack<4>(p, c);
+  add_bit_plane<4>(p + 256, c);
+}
+
+template <>
+inline void unpack<6>(const uint8_t* p, Codes* c) {
+  Codes high[8];
+  unpack<4>(p, c);
+  unpack<2>(p + 256, high);
+  for (int j = 0; j < 8; ++j) c[j] = either(c[j], shift_left(high[j], 4));
+}
+
+inline Floats load_scale(const uint8_t* p, ScaleType type) {
+  if (type == ScaleType::Float16) return load_half(reinterpret_cast<const uint16_t*>(p));
+  if (type == ScaleType::Float32) return load(reinterpret_cast<const float*>(p));
+  return load_half_exponent(p);
+}
+
+enum class Kind { Symmetric, Minimum, Table };
+
+template <int Bits_, Kind kKind_, bool Nested_, bool Halves_>
+struct Format {
+  static constexpr int Bits = Bits_;
+  static constexpr Kind kKind = kKind_;
+  static constexpr bool Nested = Nested_;  // integer sub-scales under a half-precision scale
+  static constexpr bool Halves = Halves_;  // two scales in a block of 32 inputs
+};
+
+// A dot product of 16 or 32 inputs, codes already centred.
+template <class F, int From, int To>
+inline Ints dot(const Codes* c, const int8_t* x, int32_t negated_sum) {
+  constexpr bool full = F::Bits == 8 || F::kKind == Kind::Table;  // bytes centred at 128
+  Ints sum;
+  if constexpr (full)
+    sum = start_full(negated_sum);
+  else if constexpr (F::kKind == Kind::Symmetric)
+    sum = shift_left(set1_ints(negated_sum), F::Bits - 1);
+  else
+    sum = zero_ints();
+  for (int i = From; i < To; ++i) {
+    if constexpr (full)
+      sum = dot4_full(sum, c[i], x + 4 * i);
+    else
+      sum = dot4(sum, c[i], x + 4 * i);
+  }
+  return sum;
+}
+
+template <class F, int Tokens>
+inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activations& x, size_t tile, size_t slot,
+                       float* out) {
+  const PackedFormat& format = w.format;
+  const size_t blocks = x.blocks(), slots = x.slots;
+  const size_t per_record = format.record_inputs / kBlock;
+  const size_t scale_nbytes = kLanes * format.scale_nbytes();
+  const size_t header = format.header_nbytes(), block_nbytes = format.block_nbytes();
+  const size_t subs = F::Halves ? 2 : 1;
+  Codes centred;
+  if constexpr (F::kKind == Kind::Table) {
+    uint8_t bytes[16];
+    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(format.table[i] + 128);
+    centred = table(bytes);
+  }
+
+  Floats sum[Tokens];
+  for (int t = 0; t < Tokens; ++t) sum[t] = zero();
+
+  for (size_t first_block = 0; first_block < blocks; first_block += per_record) {
+    const uint8_t* head = p;
+    p += header;
+    const size_t last = first_block + per_record < blocks ? first_block + per_record : blocks;
+    Floats super{}, super_min{};
+    const uint8_t* sub = nullptr;
+    if constexpr (F::Nested) {
+      super = load_half(reinterpret_cast<const uint16_t*>(head));
+      sub = head + 32;
+      if constexpr (F::kKind == Kind::Minimum) {
+        super_min = load_half(reinterpret_cast<const uint16_t*>(head + 32));
+        sub = head + 64;
+      }
+    } else if constexpr (!F::Halves) {
+      super = load_scale(head, format.scale);
+      if constexpr (F::kKind == Kind::Minimum) super_min = load_scale(head + scale_nbytes, format.scale);
+    }
+
+    for (size_t b = first_block; b < last; ++b, p += block_nbytes) {
+      for (size_t line = 0; line < block_nbytes; line += 64) prefetch(p + line + 8 * block_nbytes);
+      Codes c[8];
+      unpack<F::Bits>(p, c);
+      if constexpr (F::kKind == Kind::Table)
+        for (int i = 0; i < 8; ++i) c[i] = look_up(centred, c[i]);
+
+      Floats scale_low = super, scale_high = super, min_low = super_min, min_high = super_min;
+      if constexpr (F::Nested) {
+        const uint8_t* s = sub + (b - first_block) * subs * kLanes;
+        scale_low = mul(load_int8(reinterpret_cast<const int8_t*>(s)), super);
+        if constexpr (F::Halves) scale_high = mul(load_int8(reinterpret_cast<const int8_t*>(s + kLanes)), super);
+        if constexpr (F::kKind == Kind::Minimum) {
+          const uint8_t* m = sub + (per_record + (b - first_block)) * subs * kLanes;
+          min_low = mul(load_uint8(m), super_min);
+          if constexpr (F::Halves) min_high = mul(load_uint8(m + kLanes), super_min);
+        }
+      } else if constexpr (F::Halves) {
+        const uint8_t* s = head + (b - first_block) * 2 * scale_nbytes;
+        scale_low = load_scale(s, format.scale);
+        scale_high = load_scale(s + scale_nbytes, format.scale);
+        if constexpr (F::kKind == Kind::Minimum) {
+          const uint8_t* m = s + per_record * 2 * scale_nbytes;
+          min_low = load_scale(m, format.scale);
+          min_high = load_scale(m + scale_nbytes, format.scale);
+        }
+      }
+
+      const size_t at = (tile * blocks + b) * slots + slot;
+      for (int t = 0; t < Tokens; ++t) {
+        const int8_t* q = x.q + (at + t) * kBlock;
+        const Floats step = set1(x.scale[at + t]);
+        if constexpr (F::Halves) {
+          const int32_t low = x.negated_sum_low[at + t];
+          Ints d0 = dot<F, 0, 4>(c, q, low);
+          Ints d1 = dot<F, 4, 8>(c, q, x.negated_sum[at + t] - low);
+          sum[t] = fma(to_floats(d0), mul(scale_low, step), sum[t]);
+          sum[t] = fma(to_floats(d1), mul(scale_high, step), sum[t]);
+          if constexpr (F::kKind == Kind::Minimum) {
+            // The minima of K-quants are subtracted, those of plain formats added.
+            const Floats low_sum = set1(x.sum_low[at + t]), high_sum = set1(x.sum_high[at + t]);
+            sum[t] = F::Nested ? fnma(min_low, low_sum, sum[t]) : fma(min_low, low_sum, sum[t]);
+            sum[t] = F::Nested ? fnma(min_high, high_sum, sum[t]) : fma(min_high, high_sum, sum[t]);
+          }
+        } else {
+          Ints d = dot<F, 0, 8>(c, q, x.negated_sum[at + t]);
+          sum[t] = fma(to_floats(d), mul(scale_low, step), sum[t]);
+          if constexpr (F::kKind == Kind::Minimum) {
+            const Floats total = set1(x.sum[at + t]);
+            sum[t] = F::Nested ? fnma(min_low, total, sum[t]) : fma(min_low, total, sum[t]);
+          }
+        }
+      }
+    }
+  }
+  for (int t = 0; t < Tokens; ++t) store(out + kLanes * t, sum[t]);
+}
+
+template <class F>
+void quantised_panel(const PackedMatrix& w, size_t panel, const Activations& x, size_t tile, size_t slot, size_t count,
+                     float* out) {
+  const uint8_t* p = w.panel(panel);
+  size_t t = 0;
+  for (; t + kTile <= count; t += kTile) panel_tile<F, kTile>(w, p, x, tile, slot + t, out + kLanes * t);
+  if constexpr (kTile > 4)
+    for (; t + 4 <= count; t += 4) panel_tile<F, 4>(w, p, x, tile, slot + t, out + kLanes * t);
+  for (; t < count; ++t) panel_tile<F, 1>(w, p, x, tile, slot + t, out + kLanes * t);
+}
+
+template <Element E>
+inline Floats load_column(const uint8_t* p, size_t k) {
+  if constexpr (E == Element::Float32) return load(reinterpret_cast<const float*>(p) + kLanes * k);
+  if constexpr (E == Element::Float16) return load_half(reinterpret_cast<const uint16_t*>(p) + kLanes * k);
+  if constexpr (E == Element::BFloat16) return load_bfloat(reinterpret_cast<const uint16_t*>(p) + kLanes * k);
+}
+
+template <Element E, int Tokens>
+inline void float_tile(const uint8_t* p, size_t cols, const float* x, size_t slots, float* out) {
+  constexpr size_t width = E == Element::Float32 ? 64 : 32;
+  Floats sum[Tokens];
+  for (int t = 0; t < Tokens; ++t) sum[t] = zero();
+  for (size_t k = 0; k < cols; ++k) {
+    prefetch(p + k * width + 2048);
+    const Floats w = load_column<E>(p, k);
+    for (int t = 0; t < Tokens; ++t) sum[t] = fma(w, set1(x[k * slots + t]), sum[t]);
+  }
+  for (int t = 0; t < Tokens; ++t) store(out + kLanes * t, sum[t]);
+}
+
+template <Element E>
+void float_panel(const PackedMatrix& w, size_t panel, const Activations& x, size_t tile, size_t slot, size_t count,
+                 float* out) {
+  const uint8_t* p = w.panel(panel);
+  const float* f = x.f + tile * x.padded() * x.slots + slot;
+  size_t t = 0;
+  for (; t + kTile <= count; t += kTile) float_tile<E, kTile>(p, w.cols, f + t, x.slots, out + kLanes * t);
+  if constexpr (kTile > 4)
+    for (; t + 4 <= count; t += 4) float_tile<E, 4>(p, w.cols, f + t, x.slots, out + kLanes * t);
+  for (; t < count; ++t) float_tile<E, 1>(p, w.cols, f + t, x.slots, out + kLanes * t);
+}
+
+}  // namespace
+
+MatmulKernel matmul_kernel(const PackedFormat& format) {
+  switch (format.element) {
+    case Element::Float32: return &float_panel<Element::Float32>;
+    case Element::Float16: return &float_panel<Element::Float16>;
+    case Element::BFloat16: return &float_panel<Element::BFloat16>;
+    default: break;
+  }
+  const Kind kind = format.element == Element::Table ? Kind::Table : format.has_min ? Kind::Minimum : Kind::Symmetric;
+  const bool nested = format.scale == ScaleType::Nested, halves = format.sub_group == 16;
+#define EDGEWISE_MATMUL(bits_, kind_, nested_, halves_)                                             \
+  if (format.bits == bits_ && kind == Kind::kind_ && nested == nested_ && halves == halves_)        \
+    return &quantised_panel<Format<bits_, Kind::kind_, nested_, halves_>>;
+#include "kernels/matmul/kernels.inc"
+#undef EDGEWISE_MATMUL
+  return nullptr;
+}

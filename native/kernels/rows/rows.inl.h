@@ -1,0 +1,87 @@
+// Operations on rows of activations. Included once per tier, inside its namespace.
+
+namespace {
+
+void rms_norm(const float* x, const float* weight, float eps, size_t n, float* y) {
+  Floats squares = zero();
+  for (size_t i = 0; i < n; i += kLanes) {
+    const Floats v = load_tail(x + i, n - i);
+    squares = fma(v, v, squares);
+  }
+  const float mean = reduce_add(squares) / static_cast<float>(n);
+  const Floats root = set1(__builtin_sqrtf(mean + eps));
+  for (size_t i = 0; i < n; i += kLanes) {
+    Floats v = div(load_tail(x + i, n - i), root);
+    if (weight != nullptr) v = mul(v, load_tail(weight + i, n - i));
+    store_tail(y + i, v, n - i);
+  }
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, size_t n, float* y) {
+  Floats total = zero();
+  for (size_t i = 0; i < n; i += kLanes) total = add(total, load_tail(x + i, n - i));
+  const Floats mean = set1(reduce_add(total) / static_cast<float>(n));
+  Floats squares = zero();
+  for (size_t i = 0; i < n; i += kLanes) {
+    Floats centred = sub(load_tail(x + i, n - i), mean);
+    if (n - i < kLanes) centred = first(static_cast<int>(n - i), centred, zero());
+    squares = fma(centred, centred, squares);
+  }
+  const Floats root = set1(__builtin_sqrtf(reduce_add(squares) / static_cast<float>(n) + eps));
+  for (size_t i = 0; i < n; i += kLanes) {
+    Floats v = div(sub(load_tail(x + i, n - i), mean), root);
+    if (weight != nullptr) v = mul(v, load_tail(weight + i, n - i));
+    if (bias != nullptr) v = add(v, load_tail(bias + i, n - i));
+    store_tail(y + i, v, n - i);
+  }
+}
+
+void add_rows(const float* x, size_t n, float* y) {
+  for (size_t i = 0; i < n; i += kLanes) store_tail(y + i, add(load_tail(y + i, n - i), load_tail(x + i, n - i)), n - i);
+}
+
+void gate_rows(Gate function, const float* gate, float* up, size_t n) {
+  for (size_t i = 0; i < n; i += kLanes) {
+    const Floats g = load_tail((gate == nullptr ? up : gate) + i, n - i);
+    Floats y;
+    switch (function) {
+      case Gate::Silu: y = silu(g); break;
+      case Gate::Gelu: y = gelu(g); break;
+      case Gate::GeluTanh: y = gelu_tanh(g); break;
+      default: y = max(g, zero()); break;
+    }
+    store_tail(up + i, gate == nullptr ? y : mul(y, load_tail(up + i, n - i)), n - i);
+  }
+}
+
+// Blocks of 32 inputs to int8: scale = peak / 127, codes = round(x / scale), ties to even.
+void quantise(const float* row, Activations& x, size_t token) {
+  const size_t blocks = x.blocks(), tile = token / x.slots, slot = token % x.slots;
+  for (size_t b = 0; b < blocks; ++b) {
+    const size_t from = b * kBlock, at = (tile * blocks + b) * x.slots + slot;
+    const Floats low = load_tail(row + from, x.cols - from);
+    const Floats high = x.cols - from > kLanes ? load_tail(row + from + kLanes, x.cols - from - kLanes) : zero();
+    const float peak = reduce_max(max(abs(low), abs(high)));
+    const float scale = peak > 0.0f ? peak / 127.0f : 1.0f;
+    const Ints q_low = to_ints(div(low, set1(scale))), q_high = to_ints(div(high, set1(scale)));
+    store_int8(x.q + at * kBlock, q_low);
+    store_int8(x.q + at * kBlock + kLanes, q_high);
+    const int32_t sum_low = reduce_add(q_low), sum_high = reduce_add(q_high);
+    x.scale[at] = scale;
+    x.negated_sum[at] = -(sum_low + sum_high);
+    x.negated_sum_low[at] = -sum_low;
+    x.sum[at] = scale * static_cast<float>(sum_low + sum_high);
+    x.sum_low[at] = scale * static_cast<float>(sum_low);
+    x.sum_high[at] = scale * static_cast<float>(sum_high);
+  }
+}
+
+void place(const float* row, Activations& x, size_t token) {
+  const size_t tile = token / x.slots, slot = token % x.slots;
+  float* f = x.f + tile * x.padded() * x.slots + slot;
+  for (size_t k = 0; k < x.cols; ++k) f[k * x.slots] = row[k];
+}
+
+}  // namespace
+
+RowKernels row_kernels() { return {&rms_norm, &layer_norm, &add_rows, &gate_rows, &quantise, &place}; }
