@@ -5,4 +5,6 @@ NB_MODULE(_core, m) {
   m.doc() = "Native core of edgewise";
   edgewise::bind_probe(m);
   edgewise::bind_io(m);
+  edgewise::bind_kernels(m);
+  edgewise::bind_engine(m);
 }

@@ -32,6 +32,11 @@ void Session::visible_range(const Layer& layer, size_t token, int32_t& begin, in
     begin = std::max<int32_t>(0, end - static_cast<int32_t>(layer.window));
 }
 
+// With more heads to a group than share a pass, the general way is taken for one token too.
+bool Session::splits_chunks(const Layer& layer) const {
+  return count_ == 1 && layer.heads / layer.kv_heads <= kMaxQueries;
+}
+
 // One token: its visible chunks are split over the threads as well as its heads; merge_one puts them together.
 void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
   const KvLayout& layout = kv_layout_[index];
@@ -39,28 +44,26 @@ void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
   int32_t begin, end;
   visible_range(layer, 0, begin, end);
   const size_t first = static_cast<size_t>(begin) / kChunk, last = (static_cast<size_t>(end) + kChunk - 1) / kChunk;
-  const size_t chunks = last - first, passes = (group + kMaxQueries - 1) / kMaxQueries;
+  const size_t chunks = last - first;
   const size_t own_chunk = static_cast<size_t>(positions_[0]) / kChunk;
   int32_t begins[kMaxQueries], stops[kMaxQueries];
   std::fill_n(begins, kMaxQueries, begin);
   std::fill_n(stops, kMaxQueries, end);
   float* local = thread_attention_[thread].floats() + kAttentionScratch;
 
-  for (size_t item; (item = pool_.take(1)) < layer.kv_heads * passes * chunks;) {
-    const size_t chunk = first + item % chunks, pass = item / chunks % passes, kv_head = item / chunks / passes;
-    const size_t head = kv_head * group + pass * kMaxQueries, queries = std::min(kMaxQueries, group - pass * kMaxQueries);
-    if (chunk == own_chunk && pass == 0) {
-      // Only this item reads the new position, unless the group needs several passes: see the wait below.
-      float key[1024];
+  for (size_t item; (item = pool_.take(1)) < layer.kv_heads * chunks;) {
+    const size_t chunk = first + item % chunks, kv_head = item / chunks, head = kv_head * group;
+    if (chunk == own_chunk) {  // the only item that reads the new position
+      float key[kMaxHeadDim];
       std::memcpy(key, k_.floats() + kv_head * layer.head_dim, layer.head_dim * sizeof(float));
       rope(layer, key, 1, 0);
       kernels_.attention.store_key(layout, key, static_cast<size_t>(positions_[0]), keys(index, slot, kv_head));
       kernels_.attention.store_value(layout, v_.floats() + kv_head * layer.head_dim, static_cast<size_t>(positions_[0]),
                                      values(index, slot, kv_head));
     }
-    std::memcpy(local, q_.floats() + head * layer.head_dim, queries * layer.head_dim * sizeof(float));
-    rope(layer, local, queries, 0);
-    AttentionTask task{&layout, keys(index, slot, kv_head), values(index, slot, kv_head), local, layer.head_dim, queries,
+    std::memcpy(local, q_.floats() + head * layer.head_dim, group * layer.head_dim * sizeof(float));
+    rope(layer, local, group, 0);
+    AttentionTask task{&layout, keys(index, slot, kv_head), values(index, slot, kv_head), local, layer.head_dim, group,
                        begins, stops, layer.scale};
     float* out = partial_.floats() + (chunk - first) * layer.heads * (padded + 2);
     kernels_.attention.chunk(task, chunk, out + head * padded, out + layer.heads * padded + head,
@@ -75,7 +78,7 @@ void Session::merge_one(const Layer& layer, size_t index, float* out) const {
   int32_t begin, end;
   visible_range(layer, 0, begin, end);
   const size_t first = static_cast<size_t>(begin) / kChunk, last = (static_cast<size_t>(end) + kChunk - 1) / kChunk;
-  float sum[1024];
+  float sum[kMaxHeadDim];
   for (size_t head = 0; head < layer.heads; ++head) {
     float peak = 0, weight = 0;
     for (size_t chunk = first; chunk < last; ++chunk) {
@@ -114,8 +117,8 @@ void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
   const size_t token_groups = (count_ + tokens_at_once - 1) / tokens_at_once;
   float* scratch = thread_attention_[thread].floats();
   float* sums = scratch + kAttentionScratch;           // (queries, padded)
-  float* parts = sums + kMaxQueries * 1024;            // the chunk at hand
-  float queries_buffer[kMaxQueries * 256];
+  float* parts = sums + kMaxQueries * kMaxHeadDim;            // the chunk at hand
+  float* rotated = parts + kMaxQueries * kMaxHeadDim;  // (queries, dim)
   for (size_t item; (item = pool_.take(1)) < token_groups * layer.kv_heads * passes;) {
     const size_t from = item / (layer.kv_heads * passes) * tokens_at_once, to = std::min(count_, from + tokens_at_once);
     const size_t kv_head = item / passes % layer.kv_heads, pass = item % passes;
@@ -132,12 +135,7 @@ void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
         lowest = std::min(lowest, begins[i]);
         highest = std::max(highest, stops[i]);
       }
-      float* q = queries_buffer;
-      std::vector<float> wide;
-      if (queries * dim > kMaxQueries * 256) {
-        wide.resize(queries * dim);
-        q = wide.data();
-      }
+      float* q = rotated;
       for (size_t i = 0; i < queries; i += heads) {
         std::memcpy(q + i * dim, q_.floats() + (t + i / heads) * q_stride_ + head * dim, heads * dim * sizeof(float));
         rope(layer, q + i * dim, heads, t + i / heads);

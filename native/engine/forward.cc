@@ -189,14 +189,14 @@ void Session::run_layer(size_t index, size_t thread) {
                           {&layer.v, k.v, v_.floats(), kv_stride_, false}};
     multiply(works, 3, inputs, count_);
   }
-  if (count_ == 1)
+  if (splits_chunks(layer))
     attend_one(layer, index, thread);
   else
     attend_many(layer, index, thread);
   {
     const Inputs inputs = prepare(thread, layer.o.cols(), count_, layer.o.int8_inputs(), !layer.o.int8_inputs(), Site::Output,
                                   [&](size_t token, float* buffer) -> const float* {
-                                    if (count_ != 1) return attention_.floats() + token * q_stride_;
+                                    if (!splits_chunks(layer)) return attention_.floats() + token * q_stride_;
                                     merge_one(layer, index, buffer);
                                     return buffer;
                                   });

@@ -91,8 +91,8 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   const size_t one = Activations::nbytes_int8(1, max_cols_, 1) + Activations::nbytes_float(1, max_cols_, 1);
   for (size_t t = 0; t < config_.threads; ++t) {
     thread_inputs_.emplace_back(one);
-    thread_rows_.emplace_back((padded16(max_cols_) + 1024) * 4);
-    thread_attention_.emplace_back((kAttentionScratch + kMaxQueries * 2 * 1024) * 4);
+    thread_rows_.emplace_back(padded16(max_cols_) * 4);
+    thread_attention_.emplace_back((kAttentionScratch + 3 * kMaxQueries * kMaxHeadDim) * 4);
   }
   if (m.head.present()) {
     logits_stride_ = padded16(m.vocab);

@@ -25,6 +25,7 @@ struct KvLayout {
 };
 
 inline constexpr size_t kChunk = 256;    // positions that one softmax partial covers: fixed, so that bits do not move
+inline constexpr size_t kMaxHeadDim = 512;
 inline constexpr size_t kMaxQueries = 12;  // queries that share a pass over keys and values
 
 // Partial attention of up to kMaxQueries queries over one chunk of positions.
@@ -62,7 +63,7 @@ struct AttentionKernels {
   void (*merge)(float* out, float* peak, float* weight, const float* later, float later_peak, float later_weight, size_t n);
   void (*finish)(const float* sum, float weight, size_t n, float* out);
 };
-inline constexpr size_t kAttentionScratch = kMaxQueries * kChunk + kMaxQueries * 1024;
+inline constexpr size_t kAttentionScratch = kMaxQueries * kChunk + kLanes * kMaxHeadDim;
 
 struct Kernels {
   Tier tier;

@@ -107,6 +107,7 @@ class Session {
   Inputs prepare(size_t thread, size_t cols, size_t tokens, bool int8, bool floats, Site site, Row row);
   void multiply(const Work* works, size_t n, const Inputs& inputs, size_t tokens);
   void gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs);
+  bool splits_chunks(const Layer& layer) const;
   void attend_one(const Layer& layer, size_t index, size_t thread);
   void merge_one(const Layer& layer, size_t index, float* out) const;
   void attend_many(const Layer& layer, size_t index, size_t thread);

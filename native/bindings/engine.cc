@@ -1,0 +1,233 @@
+// Model and Session for engine/load.py and engine/model.py.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "bindings/packed.h"
+#include "edgewise/session.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace edgewise {
+
+namespace {
+
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::vector<float> copy(const std::optional<Floats>& values) {
+  if (!values) return {};
+  return {values->data(), values->data() + values->size()};
+}
+
+Linear make_linear(const PackedMatrix& weight, const std::optional<Floats>& bias) {
+  Linear linear{weight, copy(bias)};
+  if (!linear.bias.empty() && linear.bias.size() != weight.rows)
+    throw std::invalid_argument("a bias has " + std::to_string(linear.bias.size()) + " values; its weight has " +
+                                std::to_string(weight.rows) + " rows");
+  return linear;
+}
+
+Norm make_norm(const std::string& kind, const std::optional<Floats>& weight, const std::optional<Floats>& bias, float eps) {
+  if (kind != "rms" && kind != "layer") throw std::invalid_argument("unknown norm " + kind);
+  return {kind == "rms" ? Norm::Kind::Rms : Norm::Kind::Layer, copy(weight), copy(bias), eps};
+}
+
+void check_layer(const Model& m, const Layer& l, size_t index) {
+  auto fail = [&](const std::string& what) { throw std::invalid_argument("layer " + std::to_string(index) + ": " + what); };
+  if (l.heads == 0 || l.kv_heads == 0 || l.heads % l.kv_heads != 0) fail("heads is not a multiple of kv_heads");
+  if (l.head_dim == 0 || l.head_dim > kMaxHeadDim) fail("head_dim is " + std::to_string(l.head_dim) + "; at most " + std::to_string(kMaxHeadDim));
+  const size_t q = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
+  auto shape = [&](const Linear& w, const char* name, size_t rows, size_t cols) {
+    if (w.rows() != rows || w.cols() != cols)
+      fail(std::string(name) + " is (" + std::to_string(w.rows()) + ", " + std::to_string(w.cols()) + "); expected (" +
+           std::to_string(rows) + ", " + std::to_string(cols) + ")");
+  };
+  shape(l.q, "q", q, m.hidden);
+  shape(l.k, "k", kv, m.hidden);
+  shape(l.v, "v", kv, m.hidden);
+  shape(l.o, "o", m.hidden, q);
+  shape(l.up, "up", l.up.rows(), m.hidden);
+  if (l.gate.present()) shape(l.gate, "gate", l.up.rows(), m.hidden);
+  shape(l.down, "down", m.hidden, l.up.rows());
+  if (l.rope >= 0) {
+    if (static_cast<size_t>(l.rope) >= m.ropes.size()) fail("rope index out of range");
+    if (2 * m.ropes[static_cast<size_t>(l.rope)].inverse_frequency.size() > l.head_dim) fail("rotary dimensions exceed head_dim");
+  }
+  for (const Norm* norm : {&l.attention_norm, &l.feed_forward_norm})
+    if (norm->weight.size() != m.hidden) fail("a norm has " + std::to_string(norm->weight.size()) + " weights; hidden is " + std::to_string(m.hidden));
+}
+
+template <class T>
+T pick(const std::string& what, const std::string& name, std::initializer_list<std::pair<const char*, T>> choices) {
+  for (const auto& [key, value] : choices)
+    if (name == key) return value;
+  throw std::invalid_argument("unknown " + what + " " + name);
+}
+
+nb::object new_array(std::vector<size_t> shape, float** data) {
+  size_t size = 1;
+  for (size_t n : shape) size *= n;
+  auto* values = new float[size];
+  nb::capsule owner(values, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  *data = values;
+  return nb::cast(nb::ndarray<nb::numpy, float>(values, shape.size(), shape.data(), owner));
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  nb::exception<ContextOverflow>(m, "ContextOverflow");
+
+  nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, const PackedMatrix& weight, std::optional<Floats> bias) {
+    new (self) Linear(make_linear(weight, bias));
+  }, "weight"_a, "bias"_a = nb::none());
+  nb::class_<Norm>(m, "Norm").def("__init__", [](Norm* self, const std::string& kind, std::optional<Floats> weight, std::optional<Floats> bias, float eps) {
+    new (self) Norm(make_norm(kind, weight, bias, eps));
+  }, "kind"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
+
+  nb::class_<Model>(m, "Model", "Weights of a Plan; see engine/plan.py")
+      .def("__init__", [](Model* self, size_t hidden, size_t vocab, size_t context) {
+             new (self) Model();
+             self->hidden = hidden;
+             self->vocab = vocab;
+             self->context = context;
+           }, "hidden"_a, "vocab"_a, "context"_a)
+      .def("set_embedding", [](Model& model, const Linear& table, float scale) {
+             if (table.rows() != model.vocab || table.cols() != model.hidden) throw std::invalid_argument("embedding is not (vocab, hidden)");
+             model.embedding = table;
+             model.embedding_scale = scale;
+           }, "table"_a, "scale"_a = 1.0f)
+      .def("set_head", [](Model& model, const Linear& head, float scale) {
+             if (head.rows() != model.vocab || head.cols() != model.hidden) throw std::invalid_argument("head is not (vocab, hidden)");
+             model.head = head;
+             model.logit_scale = scale;
+           }, "head"_a, "scale"_a = 1.0f)
+      .def("set_final_norm", [](Model& model, const Norm& norm) { model.final_norm = norm; })
+      .def("set_embedding_norm", [](Model& model, const Norm& norm) { model.embedding_norm = norm; })
+      .def("set_positions", [](Model& model, Floats table, size_t offset) {
+             if (table.size() % model.hidden != 0) throw std::invalid_argument("position embedding is not (positions, hidden)");
+             model.position_embedding = copy(table);
+             model.position_offset = offset;
+           }, "table"_a, "offset"_a)
+      .def("set_token_types", [](Model& model, Floats table) { model.token_type_embedding = copy(table); }, "table"_a)
+      .def("add_rope", [](Model& model, Floats inverse_frequency, float attention_factor) {
+             model.ropes.push_back({copy(inverse_frequency), attention_factor});
+             return model.ropes.size() - 1;
+           }, "inverse_frequency"_a, "attention_factor"_a)
+      .def("add_layer", [](Model& model, const Linear& q, const Linear& k, const Linear& v, const Linear& o, const Linear* gate, const Linear& up,
+                           const Linear& down, const Norm& attention_norm, const Norm& feed_forward_norm, size_t heads, size_t kv_heads,
+                           size_t head_dim, float scale, int rope, const std::string& visible, size_t window, const std::string& function, bool post_norm) {
+             Layer layer{q, k, v, o, gate ? *gate : Linear{}, up, down, attention_norm, feed_forward_norm, heads, kv_heads, head_dim, scale, rope,
+                         pick<Visible>("policy", visible, {{"causal", Visible::Causal}, {"sliding", Visible::Sliding}, {"full", Visible::Full}}),
+                         window,
+                         pick<Gate>("function", function, {{"silu", Gate::Silu}, {"gelu", Gate::Gelu}, {"gelu_tanh", Gate::GeluTanh}, {"relu", Gate::Relu}}),
+                         post_norm};
+             check_layer(model, layer, model.layers.size());
+             model.layers.push_back(std::move(layer));
+           }, "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a.none(), "up"_a, "down"_a, "attention_norm"_a, "feed_forward_norm"_a, "heads"_a, "kv_heads"_a,
+           "head_dim"_a, "scale"_a, "rope"_a, "visible"_a, "window"_a, "function"_a, "post_norm"_a)
+      .def_prop_ro("layers", [](const Model& model) { return model.layers.size(); });
+
+  nb::class_<Choice>(m, "Choice").def_ro("token", &Choice::token).def_ro("logprob", &Choice::logprob).def_ro("alternatives", &Choice::alternatives);
+
+  nb::class_<Sampler>(m, "Sampler")
+      .def("__init__", [](Sampler* self, float temperature, int top_k, float top_p, float min_p, float repetition_penalty, size_t penalty_window,
+                          uint64_t seed, size_t logprobs) {
+             new (self) Sampler({temperature, top_k, top_p, min_p, repetition_penalty, penalty_window, seed, logprobs});
+           }, "temperature"_a = 0.0f, "top_k"_a = 0, "top_p"_a = 1.0f, "min_p"_a = 0.0f, "repetition_penalty"_a = 1.0f, "penalty_window"_a = 64,
+           "seed"_a = 0, "logprobs"_a = 0)
+      .def("observe", [](Sampler& s, Tokens tokens) {
+             for (size_t i = 0; i < tokens.size(); ++i) s.observe(tokens.data()[i]);
+           }, "tokens"_a)
+      .def("sample", [](Sampler& s, nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu> logits) {
+             if (logits.size() == 0) throw std::invalid_argument("sample: no logits");
+             return s.sample(logits.data(), logits.size());
+           }, "logits"_a);
+
+  nb::class_<Session>(m, "Session", "Runs a Model; see session.h")
+      .def("__init__", [](Session* self, std::shared_ptr<const Model> model, const std::string& kv, size_t context, size_t slots, size_t threads, size_t batch) {
+             const KvType type = pick<KvType>("KV format", kv, {{"fp32", KvType::Float32}, {"fp16", KvType::Float16}, {"int8", KvType::Int8}, {"int4", KvType::Int4}});
+             new (self) Session(std::move(model), {type, context, slots, threads, batch});
+           }, "model"_a, "kv"_a, "context"_a, "slots"_a, "threads"_a, "batch"_a)
+      .def("forward", [](Session& s, Tokens tokens, Tokens slots) {
+             if (tokens.size() != slots.size()) throw std::invalid_argument("tokens and slots differ in length");
+             nb::gil_scoped_release release;
+             s.forward(tokens.data(), slots.data(), tokens.size());
+           }, "tokens"_a, "slots"_a)
+      .def("begin", [](Session& s, Tokens tokens, Tokens slots) {
+             if (tokens.size() != slots.size()) throw std::invalid_argument("tokens and slots differ in length");
+             nb::gil_scoped_release release;
+             s.begin(tokens.data(), slots.data(), tokens.size());
+           }, "tokens"_a, "slots"_a)
+      .def("run_layers", &Session::run_layers, "first"_a, "last"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("logits", [](Session& s, Tokens rows) {
+             float* out;
+             nb::object array = new_array({rows.size(), s.model().vocab}, &out);
+             nb::gil_scoped_release release;
+             s.logits(rows.data(), rows.size(), out);
+             return array;
+           }, "rows"_a)
+      .def("log_probs", [](Session& s, Tokens rows, Tokens targets) {
+             if (rows.size() != targets.size()) throw std::invalid_argument("rows and targets differ in length");
+             std::vector<double> out(rows.size());
+             nb::gil_scoped_release release;
+             s.log_probs(rows.data(), targets.data(), rows.size(), out.data());
+             return out;
+           }, "rows"_a, "targets"_a)
+      .def("normed", [](Session& s, Tokens rows) {
+             float* out;
+             nb::object array = new_array({rows.size(), s.model().hidden}, &out);
+             s.normed(rows.data(), rows.size(), out);
+             return array;
+           }, "rows"_a)
+      .def("hidden", [](Session& s) {
+             float* out;
+             nb::object array = new_array({s.count(), s.model().hidden}, &out);
+             for (size_t t = 0; t < s.count(); ++t)
+               std::copy_n(s.hidden() + t * s.hidden_stride(), s.model().hidden, out + t * s.model().hidden);
+             return array;
+           }, "States of the last pass, (tokens, hidden)")
+      .def("set_hidden", [](Session& s, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> x) {
+             if (x.shape(0) != s.count() || x.shape(1) != s.model().hidden) throw std::invalid_argument("hidden states are not (tokens, hidden)");
+             for (size_t t = 0; t < s.count(); ++t)
+               std::copy_n(x.data() + t * s.model().hidden, s.model().hidden, s.hidden() + t * s.hidden_stride());
+           }, "x"_a)
+      .def("prefill", [](Session& s, size_t slot, Tokens tokens) {
+             nb::gil_scoped_release release;
+             s.prefill(slot, tokens.data(), tokens.size());
+           }, "slot"_a, "tokens"_a)
+      .def("generate", &Session::generate, "slot"_a, "sampler"_a, "n"_a, "stop"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("last_logits", [](Session& s) {
+             float* out;
+             nb::object array = new_array({s.last_logits().size()}, &out);
+             std::copy(s.last_logits().begin(), s.last_logits().end(), out);
+             return array;
+           })
+      .def("length", &Session::length, "slot"_a)
+      .def("truncate", &Session::truncate, "slot"_a, "length"_a)
+      .def("set_capture", &Session::set_capture, "on"_a)
+      .def("captured", [](Session& s, const std::string& site) {
+             const auto& values = s.captured(pick<Site>("site", site, {{"attention", Site::Attention}, {"output", Site::Output}, {"feed_forward", Site::FeedForward}, {"down", Site::Down}}));
+             float* out;
+             const size_t rows = std::max<size_t>(s.count(), 1);
+             nb::object array = new_array({rows, values.size() / rows}, &out);
+             std::copy(values.begin(), values.end(), out);
+             return array;
+           }, "site"_a)
+      .def_prop_ro("kv_nbytes", &Session::kv_nbytes)
+      .def_prop_ro("scratch_nbytes", &Session::scratch_nbytes)
+      .def_prop_ro("threads", &Session::threads)
+      .def_prop_ro("tier", [](const Session& s) { return std::string(tier_name(s.tier())); })
+      .def_prop_ro("batch", [](const Session& s) { return s.config().batch; })
+      .def_prop_ro("context", [](const Session& s) { return s.config().context; });
+}
+
+}  // namespace edgewise

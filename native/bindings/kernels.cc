@@ -1,0 +1,211 @@
+// Packing and single kernels, for engine/load.py and for the tests that hold each kernel against NumPy.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "bindings/bindings.h"
+#include "bindings/packed.h"
+#include "edgewise/kernels.h"
+#include "edgewise/pack.h"
+
+namespace nb = nanobind;
+
+namespace edgewise {
+
+namespace {
+
+template <class T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Output = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+
+BlockType block_type(const std::string& name) {
+  auto type = block_type_by_name(name);
+  if (!type) throw std::invalid_argument("unknown block type " + name);
+  return *type;
+}
+
+// Formats of our own: element "int" or "float32", "float16", "bfloat16"; scales are half precision or float.
+PackedFormat make_format(const std::string& element, int bits, bool has_min, const std::string& scale, size_t group,
+                         const std::vector<int>& table) {
+  PackedFormat format;
+  if (element == "float32") return packed_format_of(BlockType::F32);
+  if (element == "float16") return packed_format_of(BlockType::F16);
+  if (element == "bfloat16") return packed_format_of(BlockType::BF16);
+  if (element != "int" && element != "table") throw std::invalid_argument("unknown element " + element);
+  format.element = element == "int" ? Element::Integer : Element::Table;
+  format.bits = static_cast<uint8_t>(bits);
+  format.has_min = has_min;
+  if (scale == "fp16") format.scale = ScaleType::Float16;
+  else if (scale == "fp32") format.scale = ScaleType::Float32;
+  else if (scale == "e8m0") format.scale = ScaleType::Exponent;
+  else throw std::invalid_argument("unknown scale " + scale);
+  if (group == 16) {
+    format.sub_group = 16;
+  } else {
+    if (group == 0 || group % kBlock != 0)
+      throw std::invalid_argument("a scale covers 16 inputs or a multiple of 32; given " + std::to_string(group));
+    format.record_inputs = static_cast<uint32_t>(group);
+  }
+  if (format.element == Element::Table) {
+    if (table.size() != 16) throw std::invalid_argument("a table has 16 entries; given " + std::to_string(table.size()));
+    for (size_t i = 0; i < 16; ++i) format.table[i] = static_cast<int8_t>(table[i]);
+  }
+  if (kernels(Tier::Reference).matmul(format) == nullptr)
+    throw std::invalid_argument("no kernel for " + std::to_string(bits) + "-bit codes " + (has_min ? "with" : "without") +
+                                " minimum, a scale per " + std::to_string(group) + " inputs");
+  return format;
+}
+
+void check_output(const PackedFormat& format, size_t rows, size_t cols, const Output<uint8_t>& out) {
+  const size_t expected = packed_nbytes(format, rows, cols);
+  if (out.size() != expected)
+    throw std::invalid_argument("packed output has " + std::to_string(out.size()) + " bytes; expected " + std::to_string(expected));
+}
+
+Tier tier_of(const std::string& name) {
+  for (Tier tier : {Tier::Reference, Tier::Avx2, Tier::Avx512})
+    if (name == tier_name(tier)) return tier;
+  throw std::invalid_argument("unknown instruction tier " + name);
+}
+
+// x (tokens, cols) W^T -> y (tokens, rows), with `slots` tokens in a tile, on the tier of that name.
+void matmul(const PackedMatrix& w, Matrix<float> x, Output<float> y, const std::string& tier) {
+  const Kernels& table = kernels(tier_of(tier));
+  const size_t tokens = x.shape(0);
+  if (x.shape(1) != w.cols || y.size() != tokens * w.rows) throw std::invalid_argument("matmul: shapes do not agree");
+  Activations a;
+  a.tokens = tokens;
+  a.cols = w.cols;
+  a.slots = tokens == 1 ? 1 : kLanes;
+  std::vector<uint8_t> buffer(Activations::nbytes_int8(tokens, w.cols, a.slots) + Activations::nbytes_float(tokens, w.cols, a.slots));
+  if (w.format.quantised()) {
+    a.place_int8(buffer.data());
+    for (size_t t = 0; t < tokens; ++t) table.rows.quantise(x.data() + t * w.cols, a, t);
+  } else {
+    a.place_float(buffer.data());
+    for (size_t t = 0; t < tokens; ++t) table.rows.place(x.data() + t * w.cols, a, t);
+  }
+  const MatmulKernel kernel = table.matmul(w.format);
+  float out[kLanes * kLanes];
+  for (size_t tile = 0; tile < a.tiles(); ++tile) {
+    const size_t count = std::min(a.slots, tokens - tile * a.slots);
+    for (size_t panel = 0; panel < w.panels(); ++panel) {
+      kernel(w, panel, a, tile, 0, count, out);
+      const size_t rows = std::min(kLanes, w.rows - panel * kLanes);
+      for (size_t t = 0; t < count; ++t)
+        std::memcpy(y.data() + (tile * a.slots + t) * w.rows + panel * kLanes, out + t * kLanes, rows * sizeof(float));
+    }
+  }
+}
+
+void apply_rows(const std::string& name, Matrix<float> x, Vector<float> weight, Vector<float> bias, float eps, Output<float> y,
+                const std::string& tier) {
+  const RowKernels& rows = kernels(tier_of(tier)).rows;
+  const size_t n = x.shape(1);
+  if (y.size() != x.size()) throw std::invalid_argument("rows: shapes do not agree");
+  for (size_t t = 0; t < x.shape(0); ++t) {
+    const float* in = x.data() + t * n;
+    float* out = y.data() + t * n;
+    const float* w = weight.size() ? weight.data() : nullptr;
+    if (name == "rms_norm") rows.rms_norm(in, w, eps, n, out);
+    else if (name == "layer_norm") rows.layer_norm(in, w, bias.size() ? bias.data() : nullptr, eps, n, out);
+    else {
+      const Gate function = name == "silu" ? Gate::Silu : name == "gelu" ? Gate::Gelu : name == "gelu_tanh" ? Gate::GeluTanh : Gate::Relu;
+      std::memcpy(out, in, n * sizeof(float));
+      rows.gate(function, nullptr, out, n);
+    }
+  }
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  nb::class_<PackedFormat>(m, "PackedFormat", "Layout of packed rows; see packed.h")
+      .def(nb::new_([](const std::string& element, int bits, bool has_min, const std::string& scale, size_t group,
+                       const std::vector<int>& table) { return make_format(element, bits, has_min, scale, group, table); }),
+           nb::arg("element"), nb::arg("bits") = 0, nb::arg("has_min") = false, nb::arg("scale") = "fp16", nb::arg("group") = 32,
+           nb::arg("table") = std::vector<int>{})
+      .def_static("of_blocks", [](const std::string& type) { return packed_format_of(block_type(type)); }, nb::arg("type"))
+      .def("nbytes", [](const PackedFormat& f, size_t rows, size_t cols) { return packed_nbytes(f, rows, cols); },
+           nb::arg("rows"), nb::arg("cols"), "Bytes of a packed (rows, cols) matrix")
+      .def_prop_ro("quantised", &PackedFormat::quantised);
+
+  nb::class_<PackedMatrix>(m, "PackedMatrix", "A packed weight over bytes that stay alive with it")
+      .def(nb::new_([](const PackedFormat& format, size_t rows, size_t cols, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> data) {
+             if (data.size() != packed_nbytes(format, rows, cols))
+               throw std::invalid_argument("packed data has " + std::to_string(data.size()) + " bytes; expected " +
+                                           std::to_string(packed_nbytes(format, rows, cols)));
+             PackedMatrix w;
+             w.format = format;
+             w.rows = rows;
+             w.cols = cols;
+             w.data = data.data();
+             w.nbytes = data.size();
+             w.panel_nbytes = format.panel_nbytes(cols);
+             // The array may be dropped on a thread without the interpreter's lock: take it for that.
+             w.owner = std::shared_ptr<const void>(new nb::object(nb::cast(data)), [](const void* p) {
+               nb::gil_scoped_acquire lock;
+               delete static_cast<const nb::object*>(p);
+             });
+             return w;
+           }),
+           nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("data"))
+      .def_ro("rows", &PackedMatrix::rows)
+      .def_ro("cols", &PackedMatrix::cols)
+      .def_ro("nbytes", &PackedMatrix::nbytes)
+      .def("row", [](const PackedMatrix& w, size_t row, Output<float> out) {
+             if (row >= w.rows || out.size() != w.cols) throw std::invalid_argument("row: out of range or wrong size");
+             unpack_row(w, row, out.data());
+           }, nb::arg("row"), nb::arg("out"), "One row as float32 into out (cols,)");
+
+  m.def("pack_blocks", [](const std::string& type, Matrix<uint8_t> raw, size_t cols, Output<uint8_t> out) {
+          const BlockType t = block_type(type);
+          const BlockLayout& l = layout(t);
+          const size_t rows = raw.shape(0);
+          if (cols % static_cast<size_t>(l.values) != 0 || raw.shape(1) != cols / static_cast<size_t>(l.values) * static_cast<size_t>(l.nbytes))
+            throw std::invalid_argument("pack_blocks: rows of " + std::to_string(raw.shape(1)) + " bytes are not " +
+                                        std::to_string(cols) + " values of " + type);
+          const PackedFormat format = packed_format_of(t);
+          check_output(format, rows, cols, out);
+          nb::gil_scoped_release release;
+          pack_blocks(t, raw.data(), rows, cols, 0, (rows + kLanes - 1) / kLanes, out.data());
+        }, nb::arg("type"), nb::arg("raw"), nb::arg("cols"), nb::arg("out"));
+  m.def("pack_codes", [](const PackedFormat& format, Matrix<uint8_t> codes, Matrix<float> scales, Matrix<float> minima, size_t group, Output<uint8_t> out) {
+          const size_t rows = codes.shape(0), cols = codes.shape(1);
+          if (group == 0) throw std::invalid_argument("pack_codes: group is zero");
+          const size_t groups = (cols + group - 1) / group;
+          if (scales.shape(0) != rows || scales.shape(1) != groups || (format.has_min && (minima.shape(0) != rows || minima.shape(1) != groups)))
+            throw std::invalid_argument("pack_codes: expected scales and minima of (" + std::to_string(rows) + ", " + std::to_string(groups) + ")");
+          const size_t per_scale = format.sub_group == 16 ? 16 : format.record_inputs;
+          if (group % per_scale != 0 && per_scale < cols) throw std::invalid_argument("pack_codes: group does not hold whole records");
+          check_output(format, rows, cols, out);
+          nb::gil_scoped_release release;
+          pack_codes(format, codes.data(), scales.data(), minima.data(), group, rows, cols, 0, (rows + kLanes - 1) / kLanes, out.data());
+        }, nb::arg("format"), nb::arg("codes"), nb::arg("scales"), nb::arg("minima"), nb::arg("group"), nb::arg("out"));
+  m.def("pack_floats", [](const PackedFormat& format, Matrix<uint8_t> values, size_t cols, Output<uint8_t> out) {
+          const size_t rows = values.shape(0), width = format.element == Element::Float32 ? 4 : 2;
+          if (format.quantised() || values.shape(1) != cols * width) throw std::invalid_argument("pack_floats: bytes do not agree with the format");
+          check_output(format, rows, cols, out);
+          nb::gil_scoped_release release;
+          pack_floats(format, values.data(), rows, cols, 0, (rows + kLanes - 1) / kLanes, out.data());
+        }, nb::arg("format"), nb::arg("values"), nb::arg("cols"), nb::arg("out"));
+  m.def("matmul", &matmul, nb::arg("w"), nb::arg("x"), nb::arg("y"), nb::arg("tier"), nb::call_guard<nb::gil_scoped_release>(),
+        "y (tokens, rows) = x (tokens, cols) W^T by the kernel of a tier; inputs are quantised as the engine does");
+  m.def("apply_rows", &apply_rows, nb::arg("name"), nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("eps"), nb::arg("y"), nb::arg("tier"),
+        "rms_norm, layer_norm, silu, gelu, gelu_tanh or relu of each row, by a tier's kernel");
+  m.def("quantised_kernels", [] {
+          std::vector<std::string> names;
+#define EDGEWISE_MATMUL(bits, kind, nested, halves) names.emplace_back(#bits " " #kind " " #nested " " #halves);
+#include "kernels/matmul/kernels.inc"
+#undef EDGEWISE_MATMUL
+          return names;
+        }, "The lines of kernels.inc: bits, kind, nested, halves");
+}
+
+}  // namespace edgewise
