@@ -1,0 +1,80 @@
+"""A Plan and its packed weights become a native Model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from edgewise.core.storage import Stored
+from edgewise.engine.packing import PackedWeights
+from edgewise.engine.plan import Layer, Linear, Norm, Plan
+from edgewise.native import _core  # type: ignore[attr-defined]
+
+__all__ = ["build_model", "linears_of"]
+
+
+def linears_of(plan: Plan) -> Iterator[Linear]:
+    """Every linear of the plan, the embedding table first, the head last."""
+    yield plan.embedding
+    for layer in plan.layers:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        yield from (attention.q, attention.k, attention.v, attention.o)
+        if feed_forward.gate is not None:
+            yield feed_forward.gate
+        yield from (feed_forward.up, feed_forward.down)
+    if plan.head is not None:
+        yield plan.head
+
+
+def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any:
+    """names: the packed name of each stored object, by id()."""
+
+    def matrix(stored: Stored) -> Any:
+        return packed.matrices[names[id(stored)]]
+
+    def linear(source: Linear) -> Any:
+        return _core.Linear(matrix(source.weight), None if source.bias is None else _floats(source.bias))
+
+    model = _core.Model(plan.hidden, plan.vocab, plan.context)
+    model.set_embedding(_core.Linear(matrix(plan.embedding.weight)), plan.embedding_scale)
+    if plan.head is not None:
+        model.set_head(linear(plan.head), plan.logit_scale)
+    if plan.final_norm is not None:
+        model.set_final_norm(_norm(plan.final_norm))
+    if plan.embedding_norm is not None:
+        model.set_embedding_norm(_norm(plan.embedding_norm))
+    if plan.position_embedding is not None:
+        model.set_positions(_floats(plan.position_embedding), plan.position_offset)
+    if plan.token_type_embedding is not None:
+        model.set_token_types(_floats(plan.token_type_embedding))
+    ropes: dict[int, int] = {}
+    for layer in plan.layers:
+        _add_layer(model, layer, linear, ropes)
+    return model
+
+
+def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int]) -> None:
+    attention, feed_forward = layer.attention, layer.feed_forward
+    rope = -1
+    if attention.rope is not None:
+        if id(attention.rope) not in ropes:
+            ropes[id(attention.rope)] = model.add_rope(
+                _floats(attention.rope.inverse_frequency), attention.rope.attention_factor)
+        rope = ropes[id(attention.rope)]
+    model.add_layer(
+        q=linear(attention.q), k=linear(attention.k), v=linear(attention.v), o=linear(attention.o),
+        gate=None if feed_forward.gate is None else linear(feed_forward.gate), up=linear(feed_forward.up),
+        down=linear(feed_forward.down), attention_norm=_norm(layer.attention_norm),
+        feed_forward_norm=_norm(layer.feed_forward_norm), heads=attention.heads, kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim, scale=attention.scale, rope=rope, visible=attention.policy.kind,
+        window=attention.policy.window, function=feed_forward.function, post_norm=layer.order == "post")
+
+
+def _norm(norm: Norm) -> Any:
+    return _core.Norm(norm.kind, _floats(norm.weight), None if norm.bias is None else _floats(norm.bias), norm.eps)
+
+
+def _floats(values: Any) -> Any:
+    return np.ascontiguousarray(values, np.float32)

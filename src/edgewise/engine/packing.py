@@ -1,0 +1,233 @@
+"""From stored weights to the interleaved rows that the kernels read, in memory or in a cache file that is mapped.
+
+Packing is a permutation of codes and scales: no value changes. A weight without a kernel of its own (a codebook that
+bytes cannot hold, a group that blocks of 32 cannot carry, a factored or sparse weight) runs as 16-bit floats, and a
+notice says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewise.core.errors import EdgewiseError, notice
+from edgewise.core.numbers import BF16, E8M0, FP4, FP16, FP32, NumberFormat
+from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Stored
+from edgewise.formats.cache import cache_root, locked, write_aside
+from edgewise.native import _core  # type: ignore[attr-defined]
+
+__all__ = ["PackedWeights", "Recipe", "layout_of", "pack_all", "recipe_of"]
+
+Bytes = NDArray[np.uint8]
+LAYOUT_VERSION = 1
+"""Of the packed form: part of every cache key, raised whenever packed.h changes what the bytes mean."""
+
+_ALIGN_BYTES = 4096
+_FP4_TABLE = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+"""Values of E2M1 doubled, by code: integers, so that the dot product is exact."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one weight is packed: its native format, its bytes, and the function that writes them."""
+
+    format: Any
+    rows: int
+    cols: int
+    nbytes: int
+    write: Callable[[Bytes], None]
+
+
+def recipe_of(name: str, stored: Stored) -> Recipe:
+    """The packed form of a (out, in) weight. name: for notices."""
+    rows, cols = stored.shape
+    if isinstance(stored, Blocks):
+        native = _core.PackedFormat.of_blocks(stored.codec.name)
+        raw = stored.raw
+
+        def write_blocks(out: Bytes) -> None:
+            _core.pack_blocks(stored.codec.name, raw, cols, out)
+
+        return Recipe(native, rows, cols, native.nbytes(rows, cols), write_blocks)
+    if isinstance(stored, QuantizedTensor):
+        recipe = _quantised(stored)
+        if recipe is not None:
+            return recipe
+        notice("fallback", f"{stored.format} has no integer kernel; the weight runs as 16-bit floats", where=name)
+        return _floats(Dense(stored.dense().astype(np.float16), FP16))
+    if isinstance(stored, Dense):
+        return _floats(stored)
+    notice("fallback", f"{stored!r} runs as 16-bit floats", where=name)
+    return _floats(Dense(stored.dense().astype(np.float16), FP16))
+
+
+def _floats(stored: Dense) -> Recipe:
+    rows, cols = stored.shape
+    names: dict[NumberFormat, str] = {FP32: "float32", FP16: "float16", BF16: "bfloat16"}
+    native = _core.PackedFormat(names[stored.number])
+
+    def write(out: Bytes) -> None:
+        _core.pack_floats(native, np.ascontiguousarray(stored.data).view(np.uint8).reshape(rows, -1), cols, out)
+
+    return Recipe(native, rows, cols, native.nbytes(rows, cols), write)
+
+
+def _quantised(stored: QuantizedTensor) -> Recipe | None:
+    """None where no kernel fits."""
+    fmt, (rows, cols) = stored.format, stored.shape
+    if not isinstance(fmt.scale, NumberFormat) or fmt.n_m or fmt.prefixes:
+        return None
+    if fmt.granularity.kind == "group" and fmt.granularity.group < cols:
+        group = fmt.granularity.group
+    else:
+        group = -(-cols // 32) * 32
+    if group != 16 and group % 32:
+        return None
+    table: list[int] = []
+    scale_factor = np.float32(1)
+    shift = 0
+    if fmt.element == FP4:
+        element, bits, table, scale_factor = "table", 4, _FP4_TABLE, np.float32(0.5)
+    elif fmt.element.kind == "int":
+        element, bits = "int", fmt.element.bits
+        shift = 0 if fmt.zero != "none" else 2 ** (bits - 1)
+        if fmt.zero == "none" and not fmt.element.signed:
+            return None
+    else:
+        return None
+    has_min = fmt.zero != "none"
+    # A product of scale and zero point, and a scale in bfloat16, need single precision.
+    exact_half = fmt.scale == FP16 and fmt.zero != "int"
+    scale = "fp16" if exact_half else "e8m0" if fmt.scale == E8M0 and element == "table" else "fp32"
+    try:
+        native = _core.PackedFormat(element, bits, has_min, scale, group, table)
+    except ValueError:
+        return None
+
+    def write(out: Bytes) -> None:
+        codes = (stored.codes.astype(np.int16) + shift).astype(np.uint8)
+        scales = np.ascontiguousarray(np.broadcast_to(stored.scales * scale_factor, _groups(stored)), np.float32)
+        minima = np.zeros((1, 1), np.float32)
+        if fmt.zero == "min":
+            assert stored.minima is not None
+            minima = np.ascontiguousarray(np.broadcast_to(stored.minima, _groups(stored)), np.float32)
+        elif fmt.zero == "int":
+            assert stored.zeros is not None
+            minima = np.ascontiguousarray(np.broadcast_to(-stored.zeros, _groups(stored)) * scales, np.float32)
+        _core.pack_codes(native, codes, scales, minima, group, out)
+
+    return Recipe(native, rows, cols, native.nbytes(rows, cols), write)
+
+
+def _groups(stored: QuantizedTensor) -> tuple[int, int]:
+    rows, cols = stored.shape
+    return rows, stored.format.granularity.groups(cols)
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """Packed weights by name, over one buffer. nbytes: of the buffer; cached: it is a mapped file of the cache."""
+
+    matrices: Mapping[str, Any]
+    nbytes: int
+    cached: bool
+
+
+def layout_of(recipes: Mapping[str, Recipe]) -> tuple[dict[str, int], int]:
+    """Byte offset of each packed weight, page-aligned in the order given, and the size of the whole."""
+    offsets, total = {}, 0
+    for name, recipe in recipes.items():
+        offsets[name] = total
+        total += -(-recipe.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+    return offsets, total
+
+
+def pack_all(recipes: Mapping[str, Recipe], *, key: str | None,
+             progress: Callable[[str, int, int], None] | None = None) -> PackedWeights:
+    """Pack every weight, or map what an earlier load packed.
+
+    key: identifies the source files; None packs into memory. A cache that cannot be written is a notice, not an error.
+    """
+    offsets, total = layout_of(recipes)
+    buffer: Bytes | None = None
+    if key is not None:
+        path = cache_root() / "packed" / f"{_digest(key, recipes)}.bin"
+        try:
+            buffer = _mapped(path, total)
+            if buffer is None:
+                with locked(path.with_suffix(".lock")):
+                    buffer = _mapped(path, total)
+                    if buffer is None:
+                        _write_cache(path, recipes, offsets, total, progress)
+                        buffer = _mapped(path, total)
+        except (OSError, EdgewiseError) as error:
+            notice("degraded", f"packed weights could not be cached ({error}); they are packed again at each start",
+                   where=str(path))
+    cached = buffer is not None
+    if buffer is None:
+        buffer = np.frombuffer(mmap.mmap(-1, max(total, 1)), np.uint8)
+        _fill(buffer, recipes, offsets, total, progress)
+    matrices = {
+        name: _core.PackedMatrix(r.format, r.rows, r.cols, buffer[offsets[name]:offsets[name] + r.nbytes])
+        for name, r in recipes.items()
+    }
+    return PackedWeights(matrices, total, cached)
+
+
+def _digest(key: str, recipes: Mapping[str, Recipe]) -> str:
+    layout = "".join(f"{name}\0{r.rows}\0{r.cols}\0{r.nbytes}\n" for name, r in recipes.items())
+    return hashlib.sha256(f"{LAYOUT_VERSION}\0{key}\0{layout}".encode()).hexdigest()
+
+
+def _mapped(path: Path, nbytes: int) -> Bytes | None:
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != nbytes or nbytes == 0:
+                return None
+            return np.frombuffer(mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ), np.uint8)
+    except FileNotFoundError:
+        return None
+
+
+def _write_cache(path: Path, recipes: Mapping[str, Recipe], offsets: Mapping[str, int], total: int,
+                 progress: Callable[[str, int, int], None] | None) -> None:
+    with write_aside(path) as file:
+        # Space is reserved before the file is mapped: a full disk is an error here, and not a signal later.
+        os.posix_fallocate(file.fileno(), 0, total)
+        if os.fstat(file.fileno()).st_size != total:
+            raise OSError(errno.ENOSPC, "no space for the packed weights", str(path))
+        with mmap.mmap(file.fileno(), total) as region:
+            buffer = np.frombuffer(region, np.uint8)
+            try:
+                _fill(buffer, recipes, offsets, total, progress)
+            finally:
+                del buffer  # the map cannot be closed while an array looks into it
+
+
+def _fill(buffer: Bytes, recipes: Mapping[str, Recipe], offsets: Mapping[str, int], total: int,
+          progress: Callable[[str, int, int], None] | None) -> None:
+    for name, recipe in recipes.items():
+        start = offsets[name]
+        recipe.write(buffer[start:start + recipe.nbytes])
+        if progress is not None:
+            progress("packing weights", start + recipe.nbytes, total)
+
+
+def unique(pairs: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:
+    """Weights by name, each stored object once: a tied head keeps the name it had first."""
+    seen: dict[int, str] = {}
+    weights: dict[str, Stored] = {}
+    for name, stored in pairs:
+        if id(stored) not in seen:
+            seen[id(stored)] = name
+            weights[name] = stored
+    return weights
