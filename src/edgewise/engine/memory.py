@@ -1,0 +1,78 @@
+"""What a session will need, before it is made: the KV cache and the scratch buffers, in bytes.
+
+These mirror the allocations of native/engine/session.cc; a test holds them against the session's own count.
+"""
+
+from __future__ import annotations
+
+from edgewise.engine.plan import Plan
+
+__all__ = ["kv_bytes", "scratch_bytes"]
+
+_CHUNK = 256  # positions of one softmax partial
+_MAX_QUERIES, _MAX_HEAD_DIM = 12, 512
+_LOGITS_BYTES = 8 << 20
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _key_tile_bytes(kv: str, head_dim: int) -> int:
+    """Sixteen positions of one head."""
+    if kv == "fp32":
+        return 16 * head_dim * 4
+    if kv == "fp16":
+        return 16 * head_dim * 2
+    codes = 512 if kv == "int8" else 256
+    return _up(head_dim, 32) // 32 * (64 + codes)
+
+
+def _value_bytes(kv: str, head_dim: int) -> int:
+    """One position of one head."""
+    padded = _up(head_dim, 32)
+    if kv == "fp32":
+        return padded * 4
+    if kv == "fp16":
+        return padded * 2
+    return (padded if kv == "int8" else padded // 2) + padded // 32 * 4
+
+
+def kv_bytes(plan: Plan, kv: str, context: int, slots: int = 1) -> int:
+    """Keys and values of every layer for `context` positions in each of `slots` sequences."""
+    context = _up(context, 16)
+    total = 0
+    for layer in plan.layers:
+        attention = layer.attention
+        keys = _up(context // 16 * _key_tile_bytes(kv, attention.head_dim), 64)
+        values = _up(context * _value_bytes(kv, attention.head_dim), 64)
+        total += slots * attention.kv_heads * (keys + values)
+    return total
+
+
+def _inputs_bytes(tokens: int, cols: int, slots: int) -> tuple[int, int]:
+    """Activations of a pass as int8 with their scales and sums, and as floats."""
+    blocks = _up(cols, 32) // 32
+    cells = _up(tokens, slots) * blocks
+    return _up(cells * 32, 64) + 6 * _up(cells * 4, 64), _up(cells * 32 * 4, 64)
+
+
+def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
+    """Buffers of a pass of `batch` tokens, of attention, logits and rotary tables."""
+    context = _up(context, 16)
+    q_width = max(layer.attention.heads * layer.attention.head_dim for layer in plan.layers)
+    kv_width = max(layer.attention.kv_heads * layer.attention.head_dim for layer in plan.layers)
+    ffn_width = max(layer.feed_forward.up.weight.shape[0] for layer in plan.layers)
+    cols = max(plan.hidden, q_width, ffn_width)
+    rows = sum(_up(width, 16) for width in (plan.hidden, q_width, kv_width, kv_width, q_width, ffn_width))
+    chunks = -(-context // _CHUNK)
+    partial = max(layer.attention.heads * chunks * (_up(layer.attention.head_dim, 32) + 2) for layer in plan.layers)
+    shared = sum(_inputs_bytes(max(batch, 16), cols, 16))
+    own = sum(_inputs_bytes(1, cols, 1)) + _up(cols, 16) * 4
+    attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + 3 * _MAX_QUERIES * _MAX_HEAD_DIM) * 4
+    total = batch * rows * 4 + partial * 4 + shared + threads * (own + attention)
+    if plan.head is not None:
+        stride = _up(plan.vocab, 16) * 4
+        total += min(max(_LOGITS_BYTES // stride, 1), 16) * stride
+    ropes = {id(layer.attention.rope): layer.attention.rope for layer in plan.layers if layer.attention.rope}
+    return total + sum(2 * len(rope.inverse_frequency) * context * 4 for rope in ropes.values())

@@ -1,0 +1,210 @@
+"""A loaded model: tokens in, tokens, logits or embeddings out.
+
+    model = load("smollm2")
+    for piece in model.stream("What is a leaf?"):
+        print(piece, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewise.core.checkpoint import Checkpoint
+from edgewise.core.errors import ContextOverflowError, InvalidValueError, UnsupportedError
+from edgewise.core.stats import Stats
+from edgewise.data.chat import ChatTemplate
+from edgewise.data.tokenizer import Tokenizer
+from edgewise.engine import calibrate as calibration
+from edgewise.engine import score
+from edgewise.engine.generate import Generation, GenerationOptions, generate
+from edgewise.engine.packing import PackedWeights
+from edgewise.native import _core  # type: ignore[attr-defined]
+
+__all__ = ["KV_FORMATS", "LanguageModel", "Memory"]
+
+Float32 = NDArray[np.float32]
+KV_FORMATS = ("fp16", "int8", "int4", "fp32")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What `--memory` counts, in bytes. kv is the whole context; pages of it are taken when first used."""
+
+    weights_bytes: int
+    kv_bytes: int
+    scratch_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.scratch_bytes
+
+
+@dataclass(eq=False, repr=False)
+class LanguageModel:
+    """A decoder or an encoder with its session. One sequence at a time per slot; not for use from two threads at once.
+
+    Made by `edgewise.load`. checkpoint: the description of the model, without its tensors.
+    """
+
+    checkpoint: Checkpoint
+    session: Any
+    native: Any
+    packed: PackedWeights
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    kind: str
+    kv: str
+    hidden: int
+    vocab: int
+    layers: int
+    _cached_ids: list[int] = field(default_factory=list)
+
+    @property
+    def context(self) -> int:
+        """Positions that a sequence may have."""
+        return int(self.session.context)
+
+    @property
+    def memory(self) -> Memory:
+        return Memory(self.packed.nbytes, int(self.session.kv_nbytes), int(self.session.scratch_nbytes))
+
+    @property
+    def tier(self) -> str:
+        """The instruction tier in use: reference, avx2 or avx512."""
+        return str(self.session.tier)
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self._tokenizer().encode(text, add_special=add_special)
+
+    def prompt_ids(self, messages: str | Sequence[Mapping[str, Any]], *, raw: bool = False) -> list[int]:
+        """Token ids of a conversation, or of one user message, through the chat template. raw: of the text itself."""
+        tokenizer = self._tokenizer()
+        if raw or self.template is None:
+            if not isinstance(messages, str):
+                raise InvalidValueError("raw text is a string; given a conversation")
+            return tokenizer.encode(messages)
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        return tokenizer.encode(self.template.render(turns), add_special=False)
+
+    def generate(self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+                 options: GenerationOptions | None = None, *, raw: bool = False, **changes: Any) -> Generation:
+        """Continue a prompt: a user message, a conversation, or token ids.
+
+        Iterating the Generation yields Tokens as they come. changes: fields of GenerationOptions.
+        raw: the text is continued as it stands, without the chat template.
+        """
+        self._need("decoder", "generate")
+        ids = self._ids(prompt, raw)
+        return generate(self, ids, (options or GenerationOptions()).with_changes(**changes))
+
+    def stream(self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+               options: GenerationOptions | None = None, *, raw: bool = False, **changes: Any) -> Iterator[str]:
+        """The text of `generate`, piece by piece."""
+        for token in self.generate(prompt, options, raw=raw, **changes):
+            if token.text:
+                yield token.text
+
+    def _ids(self, prompt: Any, raw: bool) -> list[int]:
+        if isinstance(prompt, str):
+            return self.prompt_ids(prompt, raw=raw)
+        items = list(prompt)
+        if items and isinstance(items[0], Mapping):
+            return self.prompt_ids(items)
+        return [int(i) for i in items]
+
+    def forward(self, ids: Sequence[int]) -> Float32:
+        """Logits of every position, (tokens, vocab), for a sequence on its own; of an encoder its states, (tokens, hidden)."""
+        self.reset()
+        parts = []
+        for rows in self.passes(ids):
+            part = self.session.logits(rows) if self.kind == "decoder" else self.session.normed(rows)
+            parts.append(np.asarray(part))
+        self.reset()
+        return np.concatenate(parts)
+
+    def passes(self, ids: Sequence[int] | NDArray[np.int32], *, slot: int = 0) -> Iterator[NDArray[np.int32]]:
+        """Feed a sequence in passes; after each, the rows of that pass are yielded for reading off results."""
+        tokens = np.ascontiguousarray(ids, np.int32)
+        if tokens.ndim != 1 or not len(tokens):
+            raise InvalidValueError(f"a sequence is at least one token id; given shape {tokens.shape}")
+        if self.session.length(slot) + len(tokens) > self.context:
+            raise ContextOverflowError(
+                f"{self.session.length(slot) + len(tokens)} tokens do not fit the context of {self.context} positions; "
+                "shorten the text or load the model with a longer context")
+        for start in range(0, len(tokens), self.session.batch):
+            part = tokens[start:start + self.session.batch]
+            with native_errors():
+                self.session.forward(part, np.full(len(part), slot, np.int32))
+            yield np.arange(len(part), dtype=np.int32)
+
+    def embed(self, texts: str | Sequence[str], *, pooling: str | None = None, normalise: bool = True) -> Float32:
+        """Sentence embeddings, (texts, hidden). pooling: mean, cls or last; by default what the model says, else mean."""
+        how = dict(self.checkpoint.metadata.get("pooling") or {})
+        pooling = pooling or str(how.get("mode", "mean"))
+        if pooling not in ("mean", "cls", "last"):
+            raise InvalidValueError(f"pooling is mean, cls or last; given {pooling!r}")
+        rows = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            states = self.states(self.encode(text))
+            row = {"mean": lambda s=states: s.mean(axis=0), "cls": lambda s=states: s[0],
+                   "last": lambda s=states: s[-1]}[pooling]()
+            rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalise else row)
+        return np.asarray(rows, np.float32).reshape(-1, self.hidden)
+
+    def states(self, ids: Sequence[int]) -> Float32:
+        """Last hidden states after the final norm, (tokens, hidden)."""
+        self.reset()
+        parts = [np.asarray(self.session.normed(rows)) for rows in self.passes(ids)]
+        self.reset()
+        return np.concatenate(parts)
+
+    def perplexity(self, text: str | Sequence[int], *, windows: int | None = None, window: int = 512,
+                   progress: Callable[[str, int, int], None] | None = None) -> float:
+        """Perplexity of a text: see `edgewise.engine.score.perplexity`."""
+        self._need("decoder", "perplexity")
+        return score.perplexity(self, text, windows=windows, window=window, progress=progress)
+
+    def calibrate(self, texts: Iterable[str | Sequence[int]], *, gram: bool = False,
+                  progress: Callable[[str, int, int], None] | None = None) -> Stats:
+        """Statistics of every linear's inputs over texts: see `edgewise.engine.calibrate.calibrate`."""
+        return calibration.calibrate(self, texts, gram=gram, progress=progress)
+
+    def reset(self, slot: int = 0) -> None:
+        """Forget a sequence."""
+        self.session.truncate(slot, 0)
+        if slot == 0:
+            self._cached_ids.clear()
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UnsupportedError(f"{self.checkpoint.source}: this model carries no tokenizer; pass token ids")
+        return self.tokenizer
+
+    def _need(self, kind: str, what: str) -> None:
+        if self.kind != kind:
+            raise UnsupportedError(f"{what} needs a {kind}; {self.checkpoint.source} is an {self.kind} "
+                                   f"({self.checkpoint.arch}); use embed()")
+
+    def __repr__(self) -> str:
+        return (f"LanguageModel({self.checkpoint.arch}, {self.packed.nbytes / 1e6:.1f} MB, context {self.context}, "
+                f"KV {self.kv}, {self.session.threads} threads, {self.tier})")
+
+
+@contextmanager
+def native_errors() -> Iterator[None]:
+    """Errors of the native core as errors of edgewise."""
+    try:
+        yield
+    except _core.ContextOverflow as error:
+        raise ContextOverflowError(f"{error}; shorten the text or load the model with a longer context") from error
+    except ValueError as error:
+        if isinstance(error, InvalidValueError):
+            raise
+        raise InvalidValueError(str(error)) from error

@@ -1,0 +1,72 @@
+"""Quality measures that need the model: log-probabilities, perplexity, distance between two models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewise.core.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from edgewise.engine.model import LanguageModel
+
+__all__ = ["kl_divergence", "log_probs", "perplexity", "windows_of"]
+
+WINDOW = 512
+
+
+def windows_of(model: LanguageModel, text: str | Sequence[int], *, window: int = WINDOW,
+               windows: int | None = None) -> NDArray[np.int32]:
+    """Token ids of a text without BOS, in windows side by side, (windows, window); a shorter rest is left out."""
+    ids = np.asarray(model.encode(text, add_special=False) if isinstance(text, str) else text, np.int32)
+    if window < 2:
+        raise InvalidValueError(f"a window has at least 2 tokens; given {window}")
+    count = len(ids) // window
+    if count == 0:
+        raise InvalidValueError(f"the text has {len(ids)} tokens; one window needs {window}; give a longer text")
+    count = count if windows is None else min(count, windows)
+    return ids[:count * window].reshape(count, window)
+
+
+def log_probs(model: LanguageModel, ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float64]:
+    """Natural log-probability of ids[1:], each given all before it, (len(ids) - 1,)."""
+    tokens = np.ascontiguousarray(ids, np.int32)
+    model.reset()
+    parts, start = [], 0
+    for rows in model.passes(tokens):
+        rows = rows[:len(tokens) - 1 - start]
+        if len(rows):
+            parts.append(np.asarray(model.session.log_probs(rows, tokens[start + 1:start + 1 + len(rows)])))
+        start += len(rows)
+    model.reset()
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def perplexity(model: LanguageModel, text: str | Sequence[int], *, windows: int | None = None, window: int = WINDOW,
+               progress: Callable[[str, int, int], None] | None = None) -> float:
+    """exp of the mean negative log-probability: the whole text without BOS, windows of 512 tokens side by side,
+    positions 1..511 of each, natural mean. windows: only the first so many."""
+    cut = windows_of(model, text, window=window, windows=windows)
+    total = 0.0
+    for done, ids in enumerate(cut):
+        total += float(log_probs(model, ids).sum())
+        if progress is not None:
+            progress("perplexity", done + 1, len(cut))
+    return math.exp(-total / (len(cut) * (window - 1)))
+
+
+def kl_divergence(reference: NDArray[np.float32], result: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(reference || result) of each row of logits, (rows,) in nats."""
+    a, b = np.asarray(reference, np.float64), np.asarray(result, np.float64)
+    if a.shape != b.shape:
+        raise InvalidValueError(f"logits of one shape are compared; given {a.shape} and {b.shape}")
+    log_a = a - a.max(axis=-1, keepdims=True)
+    log_a -= np.log(np.exp(log_a).sum(axis=-1, keepdims=True))
+    log_b = b - b.max(axis=-1, keepdims=True)
+    log_b -= np.log(np.exp(log_b).sum(axis=-1, keepdims=True))
+    divergence: NDArray[np.float64] = (np.exp(log_a) * (log_a - log_b)).sum(axis=-1)
+    return divergence
