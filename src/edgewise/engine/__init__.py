@@ -9,7 +9,7 @@ __all__ = ["Generation", "GenerationOptions", "LanguageModel", "Token", "load", 
 
 _HOME = {
     "Generation": "generate", "GenerationOptions": "generate", "Token": "generate", "LanguageModel": "model",
-    "load": "load", "model_of": "load",
+    "load": "loading", "model_of": "loading",
 }
 
 

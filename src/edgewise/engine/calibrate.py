@@ -13,15 +13,11 @@ from edgewise.core.stats import InputStats, Stats
 if TYPE_CHECKING:
     from edgewise.engine.model import LanguageModel
 
-__all__ = ["SITES", "calibrate"]
-
-SITES = {"attention": "attention.qkv", "output": "attention.o", "feed_forward": "feed_forward.up", "down": "feed_forward.down"}
-"""Where inputs are read: q, k and v share theirs, and so do gate and up."""
-
+__all__ = ["calibrate"]
 
 def calibrate(model: LanguageModel, texts: Iterable[str | Sequence[int]], *, gram: bool = False,
               progress: Callable[[str, int, int], None] | None = None) -> Stats:
-    """Stats under the names "layers.<n>.<site>", the sites being the values of SITES.
+    """Stats of each linear's inputs, under the linear's name. Linears with the same inputs share one InputStats.
 
     Long texts are read in parts of the context's length. gram: keep X^T X too, of every site at once: for a large
     model that is more memory than the weights.
@@ -39,10 +35,11 @@ def calibrate(model: LanguageModel, texts: Iterable[str | Sequence[int]], *, gra
                 model.session.begin(part, np.zeros(len(part), np.int32))
                 for layer in range(model.layers):
                     model.session.run_layers(layer, layer + 1)
-                    for site, name in SITES.items():
+                    for site, names in model.sites[layer].items():
                         found = InputStats.from_samples(model.session.captured(site), gram=gram)
-                        key = f"layers.{layer}.{name}"
-                        collected[key] = collected[key] + found if key in collected else found
+                        if names[0] in collected:
+                            found = collected[names[0]] + found
+                        collected.update(dict.fromkeys(names, found))
             if progress is not None:
                 progress("calibrating", done + 1, len(batches))
     finally:

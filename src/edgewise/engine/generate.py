@@ -65,7 +65,8 @@ class GenerationOptions:
         known = {f.name for f in fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
-            raise InvalidValueError(f"unknown generation option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+            raise InvalidValueError(
+                f"unknown generation option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         if isinstance(changes.get("stop"), str):
             changes["stop"] = (changes["stop"],)
         elif "stop" in changes:
@@ -155,9 +156,8 @@ class Generation:
                 self.finish_reason = "stop"
                 return
         if stream is not None:
-            text, stopped = matcher.push(stream.finish())
-            text += "" if stopped else matcher.finish()
-            if stopped:
+            text = matcher.push(stream.finish())[0] + matcher.finish()
+            if matcher.stopped is not None:
                 self.finish_reason = "stop"
             self.text += text
             if text and self.ids:
@@ -198,9 +198,11 @@ def _check_prompt(model: LanguageModel, prompt: list[int], options: GenerationOp
             raise InvalidValueError(f"token {token} is outside the vocabulary of {model.vocab}")
     if len(prompt) > model.context:
         raise ContextOverflowError(
-            f"the prompt has {len(prompt)} tokens, the context {model.context} positions; shorten it, or load the model "
-            "with a longer context")
-    if options.overflow == "error" and options.max_tokens is not None and len(prompt) + options.max_tokens > model.context + 1:
+            f"the prompt has {len(prompt)} tokens, the context {model.context} positions; shorten it, or load the "
+            "model with a longer context")
+    # The last new token is never fed back, so it needs no position.
+    room = model.context + 1 - len(prompt)
+    if options.overflow == "error" and options.max_tokens is not None and options.max_tokens > room:
         raise ContextOverflowError(
             f"{len(prompt)} tokens of prompt and {options.max_tokens} new ones do not fit the context of "
             f"{model.context} positions; ask for fewer, load the model with a longer context, or choose "
@@ -216,7 +218,7 @@ def _prefill(model: LanguageModel, prompt: list[int]) -> int:
         if a != b:
             break
         common += 1
-    common = min(common, model.session.length(0))
+    common = min(common, int(model.session.length(0)))
     model.session.truncate(0, common)
     model.session.prefill(0, np.asarray(prompt[common:], np.int32))
     model._cached_ids[:] = prompt

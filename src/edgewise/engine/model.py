@@ -50,6 +50,7 @@ class LanguageModel:
     """A decoder or an encoder with its session. One sequence at a time per slot; not for use from two threads at once.
 
     Made by `edgewise.load`. checkpoint: the description of the model, without its tensors.
+    sites: per layer, the names of the linears that read each of the inputs the session can capture.
     """
 
     checkpoint: Checkpoint
@@ -62,8 +63,12 @@ class LanguageModel:
     kv: str
     hidden: int
     vocab: int
-    layers: int
+    sites: tuple[Mapping[str, tuple[str, ...]], ...]
     _cached_ids: list[int] = field(default_factory=list)
+
+    @property
+    def layers(self) -> int:
+        return len(self.sites)
 
     @property
     def context(self) -> int:
@@ -120,7 +125,7 @@ class LanguageModel:
         return [int(i) for i in items]
 
     def forward(self, ids: Sequence[int]) -> Float32:
-        """Logits of every position, (tokens, vocab), for a sequence on its own; of an encoder its states, (tokens, hidden)."""
+        """Logits of every position, (tokens, vocab), of a sequence on its own; an encoder's states, (tokens, hidden)."""
         self.reset()
         parts = []
         for rows in self.passes(ids):
@@ -145,7 +150,7 @@ class LanguageModel:
             yield np.arange(len(part), dtype=np.int32)
 
     def embed(self, texts: str | Sequence[str], *, pooling: str | None = None, normalise: bool = True) -> Float32:
-        """Sentence embeddings, (texts, hidden). pooling: mean, cls or last; by default what the model says, else mean."""
+        """Sentence embeddings, (texts, hidden). pooling: mean, cls or last; by default the model's own, else mean."""
         how = dict(self.checkpoint.metadata.get("pooling") or {})
         pooling = pooling or str(how.get("mode", "mean"))
         if pooling not in ("mean", "cls", "last"):

@@ -60,7 +60,7 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
         raise InvalidValueError(f"a model holds at least one sequence; given slots={slots}")
     if context is not None and context < 1:
         raise InvalidValueError(f"a context has at least one position; given {context}")
-    threads = threads or usable_cores()
+    threads = threads or usable_cores().usable
     plan = plan_of(checkpoint)
     if format is not None:
         plan = requantised(plan, QuantFormat.parse(format) if isinstance(format, str) else format)
@@ -83,7 +83,15 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     template = None if tokenizer is None or encoder else chat_template_of(checkpoint, tokenizer)
     return LanguageModel(checkpoint=without_tensors(checkpoint), session=session, native=model, packed=packed,
                          tokenizer=tokenizer, template=template, kind=plan.kind, kv=kv, hidden=plan.hidden,
-                         vocab=plan.vocab, layers=len(plan.layers))
+                         vocab=plan.vocab, sites=tuple(sites_of(layer) for layer in plan.layers))
+
+
+def sites_of(layer: Layer) -> dict[str, tuple[str, ...]]:
+    """The linears of a layer by what they read, under the names of the session's capture."""
+    attention, ffn = layer.attention, layer.feed_forward
+    gate = () if ffn.gate is None else (ffn.gate.name,)
+    return {"attention": (attention.q.name, attention.k.name, attention.v.name), "output": (attention.o.name,),
+            "feed_forward": (*gate, ffn.up.name), "down": (ffn.down.name,)}
 
 
 def without_tensors(checkpoint: Checkpoint) -> Checkpoint:
@@ -109,7 +117,8 @@ def requantised(plan: Plan, fmt: QuantFormat) -> Plan:
             layer,
             attention=replace(attention, q=linear(attention.q), k=linear(attention.k), v=linear(attention.v),
                               o=linear(attention.o)),
-            feed_forward=replace(ffn, gate=None if ffn.gate is None else linear(ffn.gate), up=linear(ffn.up), down=linear(ffn.down)))
+            feed_forward=replace(ffn, gate=None if ffn.gate is None else linear(ffn.gate), up=linear(ffn.up),
+                                 down=linear(ffn.down)))
 
     return replace(plan, layers=tuple(layer_rounded(layer) for layer in plan.layers))
 
