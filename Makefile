@@ -44,11 +44,13 @@ lint:
 	$(BIN)/lint-imports
 
 # The instrumented core goes into a copy of the package; the interpreter itself is not instrumented, so its runtime
-# library has to be loaded first, and leaks of the interpreter are not ours.
+# library has to be loaded first, and with it the C++ one whose exceptions it intercepts. Leaks of the interpreter are
+# not ours.
 fuzz:
 	$(DEV)/python -m pip install --quiet --no-deps --upgrade --target build/asan/site \
 		-C cmake.define.EDGEWISE_ASAN=ON -C build-dir=build/asan/native .
-	PYTHONPATH=build/asan/site LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH=build/asan/site ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		$(DEV)/python tests/fuzz/run.py
 
 clean:
