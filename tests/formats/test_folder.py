@@ -101,6 +101,24 @@ def test_pooling_of_a_sentence_encoder(tmp_path: Path) -> None:
         read_folder(folder)
 
 
+@pytest.mark.parametrize(("given", "mode"), [
+    ({"pooling_mode_lasttoken": True}, "last"), ({"pooling_mode": "weightedmean"}, "weighted_mean"),
+    ({"pooling_mode": "cls"}, "cls"), ({"pooling_mode_mean_tokens": False}, None), ({"pooling_mode": "odd"}, None)])
+def test_names_of_poolings(tmp_path: Path, given: Any, mode: str | None) -> None:
+    folder = make(tmp_path / "m", {"model_type": "bert"}, modules__json=[{"path": "1_Pooling", "type": "x.Pooling"}])
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps(given))
+    with collect_notices() as notices:
+        read = read_folder(folder)
+    assert read.metadata["pooling"]["mode"] == (mode or "mean")
+    assert [item.kind for item in notices] == ([] if mode else ["fallback"])
+    write_folder(read, tmp_path / "again")
+    assert read_folder(tmp_path / "again").metadata["pooling"] == read.metadata["pooling"]
+    with pytest.raises(InvalidValueError, match="'odd'"):
+        write_folder(checkpoint(pooling={"mode": "odd", "normalize": False}), tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+
+
 def test_buffers_are_left_out_and_unknown_integers_are_said(tmp_path: Path) -> None:
     folder = make(tmp_path / "m")
     reference.save_file({"embeddings.position_ids": np.zeros((1, 4), np.int64), "odd": np.zeros(2, np.int32),
@@ -265,6 +283,14 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(InvalidValueError, match="cannot write"):
         write_folder(checkpoint(), tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["file/m", "file/deeper/m", "x" * 300])
+def test_a_place_that_cannot_be(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InvalidValueError, match="cannot write the folder"):
+        write_folder(checkpoint(), tmp_path / name)
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_two_tensors_of_one_stored_name(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_versions(index: Path) -> None:
         build_wheel(index, "t", version, {"t/m.gguf": version.encode()})
         assert fetch(Requirement.parse(f"t=={version}")).read_bytes() == version.encode()
     assert fetch(Requirement.parse("t"), offline=True).read_bytes() == b"1.10"
+    assert fetch(Requirement.parse("t==1.2.0"), offline=True).read_bytes() == b"1.2"
     with pytest.raises(SourceError, match="neither installed nor in the cache"):
         fetch(Requirement.parse("t==3"), offline=True)
 

@@ -37,6 +37,9 @@ _TEXT_LIMIT_BYTES = 4_000_000
 _CONFIG_LIMIT_BYTES = 16_000_000
 _GGUF_TOKENIZER = "tokenizer_gguf.json"
 _DTYPE = {FP32: ("F32", "float32"), FP16: ("F16", "float16"), BF16: ("BF16", "bfloat16")}
+_POOLING = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_len": "mean_sqrt_len_tokens",
+            "weighted_mean": "weightedmean_tokens", "last": "lasttoken"}
+"""Our name of a pooling -> its name in sentence-transformers, after "pooling_mode_"."""
 _BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias|token_type_ids|num_batches_tracked)$")
 """Constants that older checkpoints carry along and every implementation computes itself."""
 _OURS = re.compile(
@@ -216,9 +219,8 @@ def _pooling_of(folder: Path) -> dict[str, Any] | None:
                 raise FormatError(f"module path {place[:80]!r} is not a plain folder name",
                                   path=folder / "modules.json")
             given = read_json(folder / place / "config.json")
-            modes = [key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-                     for key, on in given.items() if key.startswith("pooling_mode_") and on is True]
-            pooling["mode"] = "+".join(modes) or str(given.get("pooling_mode", "mean"))
+            modes = [mode for mode, key in _POOLING.items() if given.get(f"pooling_mode_{key}") is True]
+            pooling["mode"] = "+".join(modes) or _named_pooling(given, folder)
         elif kind == "Normalize":
             pooling["normalize"] = True
         elif kind != "Transformer":
@@ -228,6 +230,15 @@ def _pooling_of(folder: Path) -> dict[str, Any] | None:
         if type(length) is int and length > 0:
             pooling["max_tokens"] = length
     return pooling
+
+
+def _named_pooling(given: Mapping[str, Any], folder: Path) -> str:
+    """The pooling of a configuration that has none of the switches, but may name it (a newer form)."""
+    name = {key.removesuffix("_tokens").removesuffix("_token"): mode for mode, key in _POOLING.items()}.get(
+        str(given.get("pooling_mode")), "")
+    if not name:
+        notice("fallback", "the pooling configuration names no known pooling; the mean is used", where=str(folder))
+    return name or "mean"
 
 
 @dataclass(frozen=True)
@@ -271,8 +282,8 @@ def write_folder(checkpoint: Checkpoint, path: str | Path, *, dense: bool | Numb
         with folder_aside(folder, replace=replace) as aside:
             _write_tensors(checkpoint, aside, _shards(plan, formats, max_shard_bytes), number, total, progress)
             _write_json(aside / "config.json", _config_of(checkpoint, formats, number, plan))
-            _write_metadata(checkpoint.metadata, aside)
-    except (PermissionError, NotADirectoryError, FileNotFoundError) as error:
+            _write_metadata(checkpoint.metadata, aside, str(folder))
+    except OSError as error:
         raise InvalidValueError(f"cannot write the folder {folder}: {os.strerror(error.errno or 0)}") from error
     return folder
 
@@ -383,7 +394,8 @@ def _config_of(checkpoint: Checkpoint, formats: Mapping[str, Any], number: Numbe
                plan: Mapping[str, _Shape]) -> dict[str, Any]:
     config = {key: value for key, value in checkpoint.config.items() if key not in ("edgewise", "quantization_config")}
     config["model_type"] = checkpoint.arch
-    if "lm_head.weight" not in checkpoint.tensors and "model.embed_tokens.weight" in checkpoint.tensors:
+    generates = "model.embed_tokens.weight" in checkpoint.tensors
+    if generates and "lm_head.weight" not in checkpoint.tensors:
         config["tie_word_embeddings"] = True
     widest = max((part.dtype for part in plan.values() if part.owner not in formats and part.dtype in
                   ("F32", "F16", "BF16")), key=("F16", "BF16", "F32").index, default="F32")
@@ -394,7 +406,8 @@ def _config_of(checkpoint: Checkpoint, formats: Mapping[str, Any], number: Numbe
     if "architectures" in config:
         ours["architectures"] = config["architectures"]
     if formats:
-        named: Iterable[str] = config.get("architectures") or [f"{checkpoint.arch.title().replace('_', '')}Model"]
+        role = "ForCausalLM" if generates else "Model"
+        named: Iterable[str] = config.get("architectures") or [checkpoint.arch.title().replace("_", "") + role]
         config["architectures"] = [f"Edgewise{name}" for name in named]
         config["model_type"] = f"edgewise-{checkpoint.arch}"
         config["quantization_config"] = {"quant_method": "edgewise", "version": 1, "formats": dict(formats)}
@@ -402,13 +415,13 @@ def _config_of(checkpoint: Checkpoint, formats: Mapping[str, Any], number: Numbe
     return config
 
 
-def _write_metadata(metadata: Mapping[str, Any], folder: Path) -> None:
+def _write_metadata(metadata: Mapping[str, Any], folder: Path, where: str) -> None:
     tokenizer = metadata.get("tokenizer")
     if isinstance(tokenizer, bytes):
         (folder / "tokenizer.json").write_bytes(tokenizer)
     elif tokenizer is not None:
         notice("info", f"the tokenizer is kept as GGUF describes it, in {_GGUF_TOKENIZER}, which only edgewise reads",
-               where=str(folder.name))
+               where=where)
         _write_json(folder / _GGUF_TOKENIZER, tokenizer)
     template = metadata.get("chat_template")
     if template is not None:
@@ -428,7 +441,7 @@ def _write_metadata(metadata: Mapping[str, Any], folder: Path) -> None:
         config["edgewise"].update(kept)
         _write_json(folder / "config.json", config)
     if dropped := sorted(metadata.keys() - known):
-        notice("ignored", f"a model folder has no place for the metadata {', '.join(dropped)}")
+        notice("ignored", f"a model folder has no place for the metadata {', '.join(dropped)}", where=where)
 
 
 def _write_pooling(pooling: Mapping[str, Any], folder: Path) -> None:
@@ -437,14 +450,14 @@ def _write_pooling(pooling: Mapping[str, Any], folder: Path) -> None:
     _write_json(folder / "modules.json", [
         {"idx": index, "name": str(index), "path": path, "type": f"{package}.{kind}"}
         for index, (path, kind) in enumerate(kinds)])
-    suffix = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "mean_sqrt_len": "mean_sqrt_len_tokens",
-              "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}
     modes = pooling["mode"].split("+")
+    if unknown := set(modes) - _POOLING.keys():
+        raise InvalidValueError(f"pooling {sorted(unknown)} is not one of {', '.join(_POOLING)}")
     (folder / "1_Pooling").mkdir()
     width = json.loads((folder / "config.json").read_text("utf-8")).get("hidden_size")
     _write_json(folder / "1_Pooling" / "config.json", {
         "word_embedding_dimension": width,
-        **{f"pooling_mode_{place}": mode in modes for mode, place in suffix.items()}})
+        **{f"pooling_mode_{key}": mode in modes for mode, key in _POOLING.items()}})
     if "max_tokens" in pooling:
         _write_json(folder / "sentence_bert_config.json",
                     {"max_seq_length": pooling["max_tokens"], "do_lower_case": False})

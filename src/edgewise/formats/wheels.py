@@ -120,7 +120,7 @@ def _installed(wanted: Requirement) -> Path | None:
         distribution = importlib.metadata.distribution(wanted.name)
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return None
-    if wanted.version and distribution.version != wanted.version:
+    if not _same_version(distribution.version, wanted.version):
         return None
     listed = {file.as_posix(): file for file in distribution.files or ()
               if file.hash is not None and not file.as_posix().startswith("..")}
@@ -145,13 +145,21 @@ def _version_key(text: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.+!_-]", text))
 
 
+def _same_version(version: str, wanted: str) -> bool:
+    """Whether a version is the wanted one, where 1.0 is 1.0.0 and "" is any."""
+    def plain(text: str) -> str:
+        return re.sub(r"(\.0+)+$", "", text.lower().replace("_", "-"))
+
+    return not wanted or plain(version) == plain(wanted)
+
+
 def _cached(wanted: Requirement) -> Path | None:
     """The path in the cache, of the highest version when any will do; None when it is not there, or not whole."""
     home = _home(wanted)
-    versions = [wanted.version] if wanted.version else sorted(
-        (path.name for path in home.iterdir() if path.is_dir() and not path.name.startswith(".")),
-        key=_version_key, reverse=True) if home.is_dir() else []
-    for version in versions:
+    found = [path.name for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+    for version in sorted(found, key=_version_key, reverse=True):
+        if version.startswith(".") or not _same_version(version, wanted.version):
+            continue
         contents = home / version / "contents.json"
         if not contents.is_file():
             continue
@@ -305,9 +313,8 @@ def _download(wanted: Requirement, folder: Path, progress: Progress | None) -> P
 
 def _is_of(wheel: Path, wanted: Requirement) -> bool:
     name, _, rest = wheel.name.partition("-")
-    version = rest.split("-")[0]
     return (re.sub(r"[-_.]+", "-", name).lower() == wanted.name
-            and (not wanted.version or version.replace("_", "-") == wanted.version.replace("_", "-")))
+            and _same_version(rest.split("-")[0], wanted.version))
 
 
 def _run_pip(command: list[str], wanted: Requirement, progress: Progress | None) -> tuple[int, str]:
