@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import unicodedata
 import warnings
 from types import SimpleNamespace
@@ -136,6 +137,13 @@ def test_bos_follows_the_flag_and_else_the_rule(corpus):
     assert (ids[0], ids[-1]) == (0, 2)
 
 
+@pytest.mark.parametrize(("rule", "ids"), [
+    ("llama-bpe", [3]), ("tekken", [3]), ("gpt-2", [0, 1, 2]), ("qwen2", [0, 1, 2])])
+def test_a_word_that_is_a_token_needs_no_merges_where_published(rule, ids):
+    built = build_from_gguf({"model": "gpt2", "pre": rule, "tokens": ["a", "b", "c", "abc"], "merges": []})
+    assert built.backend.encode("abc").ids == ids
+
+
 def wordpiece_vocabulary() -> list[str]:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-αбम你"
     words = ["the", "quick", "brown", "fox", "user", "name", "http", "server", "strasse", "naive", "##ing", "##er",
@@ -198,6 +206,7 @@ def test_contradictory_keys_are_one_error(change, message):
 @pytest.mark.parametrize(("change", "message"), [
     ({"scores": None}, "scores"),
     ({"scores": [1.0]}, "1 entries for 6 tokens"),
+    ({"scores": [0.0, 0.0, 0.0, -2.0, float("nan"), -1.0]}, "not finite"),
     ({"tokens": ["<unk>", "<s>", "</s>", "▁", "a", "a" * 5000]}, "5000 characters"),
     ({"model": "t5", "precompiled_charsmap": [1, 2, 3]}, "character map"),
     ({"model": "t5", "scores": None}, "scores"),
@@ -370,6 +379,23 @@ def test_sentencepiece_bpe_equals_sentencepiece_and_transformers(corpus, unicode
                        lambda t: theirs.encode(t, add_special_tokens=False), unicode_texts) == []
     assert differences(ours.decode, lambda ids: theirs.decode(ids, skip_special_tokens=True),
                        [ours.encode(t) for t in unicode_texts]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [1, 3, 10**6])
+def test_derived_merges_equal_transformers(levels):
+    """Also where many tokens share a score."""
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    rng = random.Random(levels)
+    tokens = list(dict.fromkeys(["a", "b", "c", *(
+        "".join(rng.choices("abc", k=rng.randint(2, 7))) for _ in range(400))]))
+    scores = [-float(rng.randrange(levels)) for _ in tokens]
+    backend = build_from_gguf({"model": "llama", "tokens": tokens, "scores": scores, "add_bos_token": False}).backend
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    expected = generate_merges({t: i for i, t in enumerate(tokens)}, dict(zip(tokens, scores, strict=True)))
+    assert len(expected) > 400
+    assert [tuple(pair) for pair in merges] == expected
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ tokenizer.json differ (NFC in Qwen2, for instance), tokenizer.json is right: the
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -229,7 +231,10 @@ class _Vocabulary:
             raise FormatError(f"tokenizer.ggml.tokens has {len(tokens)} entries; at most {MAX_TOKENS}", path=keys.where)
         named = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
         types = keys.items("token_type", int, len(named)) or [NORMAL] * len(named)
-        return cls(named, types, keys.items("scores", float, len(named)), cls.index(named, keys.where))
+        scores = keys.items("scores", float, len(named))
+        if scores is not None and not all(map(math.isfinite, scores)):
+            raise FormatError("tokenizer.ggml.scores holds a value that is not finite", path=keys.where)
+        return cls(named, types, scores, cls.index(named, keys.where))
 
     @staticmethod
     def index(tokens: Sequence[str], where: str) -> dict[str, int]:
@@ -296,8 +301,8 @@ def _sentencepiece(keys: _Keys, vocab: _Vocabulary, arch: str) -> Built:
 def _derived_merges(keys: _Keys, vocab: _Vocabulary, by_position: bool) -> list[tuple[str, str]]:
     """The merges that a vocabulary implies: every token from every two tokens that make it, best score first.
 
-    SentencePiece joins the neighbours whose joint token scores highest; a rank per pair says the same. Ties, which are
-    the ways to make one token, are ordered as transformers' converter does: the longer left part first.
+    SentencePiece joins the neighbours whose joint token scores highest; a rank per pair says the same. Pairs of one
+    score, such as the ways to make one token, are ordered as in transformers' converter: the longer left part first.
     """
     if by_position:
         scores: Sequence[float] = range(0, -len(vocab.tokens), -1)
@@ -308,15 +313,15 @@ def _derived_merges(keys: _Keys, vocab: _Vocabulary, by_position: bool) -> list[
     longest = max(map(len, vocab.tokens))
     if longest > MAX_PIECE_CHARACTERS:
         raise FormatError(f"a token of {longest} characters; at most {MAX_PIECE_CHARACTERS}", path=keys.where)
-    ids = vocab.ids
-    ranked = []
-    for token, score in zip(vocab.tokens, scores, strict=True):
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ids and right in ids:
-                ranked.append((-score, -cut, ids[left], ids[right], left, right))
-    ranked.sort()
-    return [(left, right) for *_, left, right in ranked]
+    ids, tokens = vocab.ids, vocab.tokens
+    merges: list[tuple[str, str]] = []
+    best_first = sorted(range(len(tokens)), key=scores.__getitem__, reverse=True)
+    for _, group in itertools.groupby(best_first, key=scores.__getitem__):
+        pairs = [(token[:cut], token[cut:]) for token in (tokens[i] for i in group)
+                 for cut in range(len(token) - 1, 0, -1) if token[:cut] in ids and token[cut:] in ids]
+        pairs.sort(key=lambda pair: (-len(pair[0]), -len(pair[1])))
+        merges += pairs
+    return merges
 
 
 def _given_merges(keys: _Keys) -> list[tuple[str, str]]:
