@@ -125,7 +125,7 @@ class LanguageModel:
         return [int(i) for i in items]
 
     def forward(self, ids: Sequence[int]) -> Float32:
-        """Logits of every position, (tokens, vocab), of a sequence on its own; an encoder's states, (tokens, hidden)."""
+        """Logits of every position, (tokens, vocab), of a sequence alone; an encoder's states, (tokens, hidden)."""
         self.reset()
         parts = []
         for rows in self.passes(ids):

@@ -1,0 +1,80 @@
+"""The tables of README.md, made from the program. `python docs/tables.py` rewrites them; a test compares them.
+
+A table stands between <!-- NAME --> and <!-- /NAME -->.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from edgewise.cli import VERBS
+from edgewise.core import numbers
+from edgewise.core.numbers import NumberFormat
+from edgewise.cost import devices
+from edgewise.native.io import block_layouts
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+
+def grid(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ("---",) * len(columns), *rows))
+
+
+def rooms() -> str:
+    """The first sentence of every room's docstring."""
+    rows = []
+    for path in sorted((ROOT / "src/edgewise").glob("*/__init__.py")):
+        text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        rows.append((f"`{path.parent.name}`", " ".join(text.split("\n\n")[0].split()).rstrip(".")))
+    return grid(("room", "what it holds"), rows)
+
+
+def verbs() -> str:
+    return grid(("command", "what it does"), [(f"`edgewise {name}`", text.rstrip(".")) for name, text in VERBS.items()])
+
+
+def number_formats() -> str:
+    constants = {value.name: value for name, value in vars(numbers).items()
+                 if isinstance(value, NumberFormat) and not name.startswith("_")}
+    rows = [(f"`{fmt.name}`", str(fmt.bits), fmt.kind, f"{fmt.max_value:.6g}")
+            for fmt in sorted(constants.values(), key=lambda f: (f.kind, f.bits, f.name))]
+    return grid(("element", "bits", "kind", "largest"), rows)
+
+
+def gguf_types() -> str:
+    layouts = block_layouts()
+    read = ", ".join(layouts)
+    written = ", ".join(name for name, layout in layouts.items() if layout.written)
+    return grid(("GGUF", "tensor types"), [("read", read), ("written", written)])
+
+
+def shipped_devices() -> str:
+    rows = [(f"`{name}`", device.name, device.description) for name in devices.list_devices()
+            for device in (devices.load(name),)]
+    return grid(("name", "device", "what it is"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "rooms": rooms, "verbs": verbs, "numbers": number_formats, "gguf": gguf_types, "devices": shipped_devices,
+}
+
+
+def filled(text: str) -> str:
+    """The text with every table between its marks made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise SystemExit(f"README.md: expected the marks <!-- {name} --> and <!-- /{name} --> once")
+        table = make()
+        text = pattern.sub(lambda found, table=table: found[1] + table + "\n" + found[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text("utf-8")), "utf-8")
+    sys.exit(0)
