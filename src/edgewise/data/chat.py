@@ -22,7 +22,8 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes as nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import EdgewiseError, FormatError, InvalidValueError, notice
@@ -394,7 +395,7 @@ def _filter(node: Any, name: str, arguments: list[Any]) -> nodes.Filter:
     return nodes.Filter(node, name, arguments, [], None, None, lineno=getattr(node, "lineno", 1))
 
 
-def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(name: str, function: Any) -> Callable[..., Any]:
     """A filter or test of Jinja, charged and checked. The marks that tell Jinja what to pass to it are kept."""
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
