@@ -30,7 +30,8 @@ import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import EdgewiseError, collect_notices
-from edgewise.core.storage import Blocks, Dense, Stored
+from edgewise.core.numbers import QuantFormat, quantize
+from edgewise.core.storage import Blocks, Dense, Factored, QuantizedTensor, Sparse, Stored
 from edgewise.data.tokenizer import tokenizer_from_json, tokenizer_of
 from edgewise.formats.folder import read_folder, write_folder
 from edgewise.formats.ggml_blocks import READ, WRITTEN, codec, encode, stored_of
@@ -159,6 +160,30 @@ def safetensors_target(place: Path) -> Target:
     return Target(seeds, [folder / name for name in names], lambda: use(read_folder(folder)))
 
 
+def storage_target(place: Path) -> Target:
+    """A folder with each of our storage forms; its configuration describes them."""
+    folder, rng = place / "folder", np.random.default_rng(0)
+
+    def quantized(text: str, shape: tuple[int, int]) -> QuantizedTensor:
+        fmt = QuantFormat.parse(text)
+        codes, scales, zero = quantize(rng.standard_normal(shape).astype(np.float32), fmt)
+        return QuantizedTensor(codes, scales, fmt, zeros=zero if fmt.zero == "int" else None,
+                               minima=zero if fmt.zero == "min" else None)
+
+    tensors: dict[str, Stored] = {
+        "min": quantized("int4/g32/fp16/min", (3, 70)), "int": quantized("int3/g10/bf16/int", (3, 20)),
+        "mx": quantized("fp4/g32/e8m0", (2, 64)), "blocks": encode(np.ones((2, 32), np.float32), "Q4_1"),
+        "factored": Factored(quantized("int8/axis/fp16", (4, 2)), Dense(np.ones((2, 6), np.float32))),
+        "n_m": Sparse("n_m", np.array([[0, 2, 1, 3]], np.uint8), Dense(np.ones((1, 4), np.float32)), (1, 8), (2, 4)),
+        "csr": Sparse("csr", np.array([1, 0], np.int32), Dense(np.ones((1, 2), np.float32)), (2, 3),
+                      row_starts=np.array([0, 1, 2], np.int32))}
+    write_folder(Checkpoint("llama", {"model_type": "llama"}, tensors), folder)
+    names = ["model.safetensors", "config.json", "config.json"]
+    seeds = [(folder / name).read_bytes() for name in names]
+    seeds[1:] = [json.dumps(json.loads(seed)).encode() for seed in seeds[1:]]  # shorter, so more of it is damaged
+    return Target(seeds, [folder / name for name in names], lambda: use(read_folder(folder)))
+
+
 def tokenizer_target(place: Path) -> Target:
     path = place / "tokenizer.json"
     seed = json.dumps(json.loads(tiny_tokenizer()), ensure_ascii=False).encode()
@@ -167,7 +192,8 @@ def tokenizer_target(place: Path) -> Target:
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    "gguf": gguf_target, "safetensors": safetensors_target, "tokenizer": tokenizer_target}
+    "gguf": gguf_target, "safetensors": safetensors_target, "storage": storage_target,
+    "tokenizer": tokenizer_target}
 
 
 @dataclass
