@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import EdgewiseWarning, FormatError, SourceError, UnsupportedError
-from edgewise.core.storage import Blocks, Dense
+from edgewise.core.numbers import QuantFormat
+from edgewise.core.storage import Blocks, Dense, QuantizedTensor
 from edgewise.formats.ggml_blocks import READ, codec
 from edgewise.formats.gguf import check_finite, read_gguf, read_gguf_raw
 
@@ -325,3 +327,14 @@ def test_a_scale_that_is_not_finite_names_tensor_and_byte(tmp_path: Path) -> Non
     with pytest.raises(FormatError, match=r"a Q4_1 block has a scale or value that is NaN or infinite") as caught:
         check_finite(checkpoint)
     assert (caught.value.tensor, caught.value.offset) == ("blk.1.ffn_down.weight", place)
+
+
+def test_scales_of_other_origin_are_checked_too() -> None:
+    raw = np.zeros((2, 18), np.uint8)
+    raw[1, :2] = 0xFF
+    for broken in (Blocks(raw, codec("Q4_0"), (2, 32)), Dense(np.array([1.0, np.inf], np.float32)),
+                   QuantizedTensor(np.zeros((1, 32), np.int8), np.full((1, 1), np.nan, np.float32),
+                                   QuantFormat.parse("int4/g32/fp16"))):
+        with pytest.raises(FormatError, match=r"tensor 'x': holds scales or values that are NaN or infinite"):
+            check_finite(Checkpoint("llama", {}, {"x": broken}))
+    check_finite(Checkpoint("llama", {}, {"x": Dense(np.ones(3, np.float32))}))

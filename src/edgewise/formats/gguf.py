@@ -12,7 +12,8 @@ import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import FormatError, notice
-from edgewise.core.storage import Dense, LazyTensors, Stored
+from edgewise.core.storage import LazyTensors, QuantizedTensor, Stored
+from edgewise.formats.ggml_blocks import codec, ggml_bytes, type_of
 from edgewise.formats.gguf_config import ROPE_DIVISORS, config_of_keys, scaling_of_divisors
 from edgewise.formats.gguf_file import GgufMetadata, GgufShards, read_gguf_raw
 from edgewise.formats.gguf_names import GgufArch, arch_of_file
@@ -49,12 +50,20 @@ def read_gguf(path: str | Path) -> Checkpoint:
 def check_finite(checkpoint: Checkpoint) -> None:
     """Read the scales of every tensor once, so that one that is NaN or infinite is an error now.
 
-    Tensors of `read_gguf` check themselves when they are first asked for; this asks for all of them.
+    Tensors of `read_gguf` check themselves when they are first asked for, and name the byte; this asks for all of
+    them, and looks at those of other origin too.
     """
     for name in checkpoint.tensors:
         stored = checkpoint.tensors[name]
-        if isinstance(stored, Dense) and not np.isfinite(stored.dense()).all():
-            raise FormatError("holds values that are NaN or infinite", path=checkpoint.source or None, tensor=name)
+        if isinstance(stored, QuantizedTensor):
+            finite = bool(np.isfinite(stored.scales).all())
+        elif kind := type_of(stored):
+            finite = codec(kind).nonfinite_byte(ggml_bytes(stored, kind)) is None
+        else:
+            finite = bool(np.isfinite(stored.dense()).all())
+        if not finite:
+            raise FormatError("holds scales or values that are NaN or infinite", path=checkpoint.source or None,
+                              tensor=name)
 
 
 def _tensors(shards: GgufShards, arch: GgufArch, config: dict[str, Any], path: Path) -> LazyTensors:
