@@ -166,6 +166,8 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
       }
 
       const size_t at = (tile * blocks + b) * slots + slot;
+      // Unrolled whole, so that the sums stay in registers.
+#pragma GCC unroll 16
       for (int t = 0; t < Tokens; ++t) {
         const int8_t* q = x.q + (at + t) * kBlock;
         const Floats step = set1(x.scale[at + t]);
@@ -221,6 +223,7 @@ inline void float_tile(const uint8_t* p, size_t cols, const float* x, size_t slo
   for (size_t k = 0; k < cols; ++k) {
     prefetch(p + k * width + 2048);
     const Floats w = load_column<E>(p, k);
+#pragma GCC unroll 16
     for (int t = 0; t < Tokens; ++t) sum[t] = fma(w, set1(x[k * slots + t]), sum[t]);
   }
   for (int t = 0; t < Tokens; ++t) store(out + kLanes * t, sum[t]);
