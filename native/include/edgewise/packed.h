@@ -20,6 +20,8 @@ namespace edgewise {
 
 inline constexpr size_t kLanes = 16;
 inline constexpr size_t kBlock = 32;
+// Inputs below this count as zero: their scale would be subnormal, and codes would not fit a byte.
+inline constexpr float kSmallestPeak = 1e-35f;
 
 enum class Element : uint8_t { Float32, Float16, BFloat16, Integer, Table };
 enum class ScaleType : uint8_t { Float16, Float32, Exponent, Nested };

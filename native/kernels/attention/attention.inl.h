@@ -215,7 +215,7 @@ void store_key(const KvLayout& layout, const float* key, size_t position, uint8_
     const size_t count = dim - d < kBlock ? dim - d : kBlock;
     for (size_t i = 0; i < count; ++i) peak = __builtin_fabsf(key[d + i]) > peak ? __builtin_fabsf(key[d + i]) : peak;
     const float levels = layout.type == KvType::Int8 ? 127.0f : 7.0f;
-    const float scale = peak > 0.0f ? peak / levels : 1.0f;
+    const float scale = peak >= kSmallestPeak ? peak / levels : 1.0f;
     scales[lane] = scale;
     for (size_t i = 0; i < kBlock; ++i) {
       const int q = i < count ? static_cast<int>(__builtin_rintf(key[d + i] / scale)) : 0;
@@ -250,7 +250,7 @@ void store_value(const KvLayout& layout, const float* value, size_t position, ui
     const size_t count = dim > d ? (dim - d < kBlock ? dim - d : kBlock) : 0;
     float peak = 0.0f;
     for (size_t i = 0; i < count; ++i) peak = __builtin_fabsf(value[d + i]) > peak ? __builtin_fabsf(value[d + i]) : peak;
-    const float scale = peak > 0.0f ? peak / (wide ? 127.0f : 7.0f) : 1.0f;
+    const float scale = peak >= kSmallestPeak ? peak / (wide ? 127.0f : 7.0f) : 1.0f;
     scales[d / kBlock] = scale;
     int q[kBlock];
     for (size_t i = 0; i < kBlock; ++i) q[i] = i < count ? static_cast<int>(__builtin_rintf(value[d + i] / scale)) : 0;

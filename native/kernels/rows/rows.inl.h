@@ -62,7 +62,7 @@ void quantise(const float* row, Activations& x, size_t token) {
     const Floats low = load_tail(row + from, x.cols - from);
     const Floats high = x.cols - from > kLanes ? load_tail(row + from + kLanes, x.cols - from - kLanes) : zero();
     const float peak = reduce_max(max(abs(low), abs(high)));
-    const float scale = peak > 0.0f ? peak / 127.0f : 1.0f;
+    const float scale = peak >= kSmallestPeak ? peak / 127.0f : 1.0f;
     const Ints q_low = to_ints(div(low, set1(scale))), q_high = to_ints(div(high, set1(scale)));
     store_int8(x.q + at * kBlock, q_low);
     store_int8(x.q + at * kBlock + kLanes, q_high);

@@ -1,0 +1,321 @@
+"""Every matmul kernel of every tier against NumPy, and against every other tier to the bit."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+
+from edgewise.core.numbers import bf16_to_float32
+from edgewise.native import kernels
+from edgewise.native.io import block_layouts, decode_blocks
+from edgewise.native.kernels import KernelLine, Packed
+from edgewise.native.probe import tiers
+
+TIERS = tiers()
+LINES = kernels.quantised_kernels()
+OWN = [line for line in LINES if not line.nested]  # packed from codes; the nested ones come as GGUF blocks only
+LAYOUTS = block_layouts()
+BLOCKS = [name for name, layout in LAYOUTS.items() if layout.values > 1]
+IQ4_NL = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+
+ROUNDING = 2.0**-23
+"""The bound of every format, quantised and float alike: a kernel differs from the exact sum over the same (rounded)
+inputs by no more than one float32 rounding for each of its additions and scales, of the sum of magnitudes."""
+
+
+def bound(steps: int, magnitude: np.ndarray) -> np.ndarray:
+    return (steps + 4) * ROUNDING * magnitude + 1e-37
+
+
+def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs as the kernels see them: int8 codes and one float32 scale max|x| / 127 per 32 inputs, ties to even."""
+    tokens, cols = x.shape
+    padded = np.zeros((tokens, -(-cols // 32), 32), np.float32)
+    padded.reshape(tokens, -1)[:, :cols] = x
+    scale = np.abs(padded).max(axis=2) / np.float32(127)
+    scale = np.where(scale > 0, scale, np.float32(1))
+    codes = np.rint(padded / scale[..., None])
+    assert np.abs(codes).max() <= 127
+    return codes.reshape(tokens, -1)[:, :cols], np.repeat(scale, 32, axis=1)[:, :cols]
+
+
+def check(weight: Packed, dense: np.ndarray, x: np.ndarray, spread: np.ndarray, *, quantised: bool) -> np.ndarray:
+    """dense: the weight in float64. spread: (rows, cols), |scale * code| + |minimum|, what a kernel adds up."""
+    codes, scale = rounded(x) if quantised else (x, np.float32(1))
+    exact_inputs = codes.astype(np.float64) * scale
+    expected = exact_inputs @ dense.T
+    results = [kernels.matmul(weight, x, tier) for tier in TIERS]
+    for tier, result in zip(TIERS, results, strict=True):
+        assert np.array_equal(result.view(np.uint32), results[0].view(np.uint32)), tier
+    steps = 4 * (x.shape[1] // 16 + 1) if quantised else x.shape[1]
+    miss = np.abs(results[0] - expected)
+    assert (miss <= bound(steps, np.abs(exact_inputs) @ spread.T)).all(), float(miss.max())
+    return results[0]
+
+
+def inputs(tokens: int, cols: int, seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((tokens, cols), np.float32)
+    x *= np.exp(np.random.default_rng(seed + 1).uniform(-3, 3, (tokens, 1))).astype(np.float32)
+    return x
+
+
+def name_of(line: KernelLine) -> str:
+    return f"{line.bits}-{line.kind}{'-nested' if line.nested else ''}{'-halves' if line.halves else ''}"
+
+
+class Made:
+    """A random weight for a line of kernels.inc, of every scale type it takes, and its value in float64."""
+
+    def __init__(self, line: KernelLine, rows: int, cols: int, *, group: int | None = None, scale: str = "fp16",
+                 codes: np.ndarray | None = None, zero_groups: bool = True) -> None:
+        rng = np.random.default_rng(zlib.crc32(f"{line}{rows}{cols}".encode()))
+        group = group or (16 if line.halves else 32)
+        groups = -(-cols // group)
+        self.codes = rng.integers(0, 2**line.bits, (rows, cols), dtype=np.uint8) if codes is None else codes
+        if scale == "e8m0":
+            scales = np.exp2(rng.integers(-6, 3, (rows, groups))).astype(np.float32)
+        else:
+            scales = rng.uniform(1e-3, 0.1, (rows, groups)).astype(np.float16).astype(np.float32)
+            scales *= np.where(rng.random((rows, groups)) < 0.2, np.float32(-1), np.float32(1))
+            if zero_groups:
+                scales[rng.random((rows, groups)) < 0.1] = 0
+            if scale == "fp32":
+                scales = (scales * np.float32(1.0001)).astype(np.float32)
+        minima = rng.uniform(-0.2, 0.2, (rows, groups)).astype(np.float16).astype(np.float32)
+        table = IQ4_NL if line.kind == "Table" else []
+        self.packed = kernels.pack_codes(self.codes, scales, minima if line.kind == "Minimum" else None,
+                                         bits=line.bits, scale=scale, group=group, table=table)
+        wide = np.repeat(scales.astype(np.float64), group, axis=1)[:, :cols]
+        if line.kind == "Table":
+            values = np.array(IQ4_NL)[self.codes]
+        else:
+            values = self.codes - (0.0 if line.kind == "Minimum" else 2.0 ** (line.bits - 1))
+        low = np.repeat(minima.astype(np.float64), group, axis=1)[:, :cols] if line.kind == "Minimum" else 0.0
+        self.dense = wide * values + low
+        self.spread = np.abs(wide * values) + np.abs(low)
+        # unpack_row multiplies and adds in float32, as dense() of a stored tensor does
+        self.row = (wide.astype(np.float32) * values.astype(np.float32)) + np.float32(low)
+
+
+def test_the_lines_cover_what_the_engine_is_asked_for():
+    assert {(line.bits, line.kind) for line in LINES} >= {
+        *((bits, "Symmetric") for bits in (2, 3, 4, 5, 6, 8)), *((bits, "Minimum") for bits in (2, 3, 4, 5, 6))}
+    assert TIERS[0] == "reference"
+
+
+@pytest.mark.parametrize("line", OWN, ids=name_of)
+def test_codes(line):
+    """Rows around the sixteen of a panel, columns around the thirty-two of a block, tokens around both tiles."""
+    for rows, cols, tokens in [(16, 32, 1), (1, 64, 2), (15, 96, 3), (17, 160, 4), (33, 32, 5), (16, 288, 15),
+                               (48, 64, 16), (33, 96, 17), (17, 64, 33), (16, 33, 1), (5, 40, 6), (17, 100, 17)]:
+        made = Made(line, rows, cols)
+        check(made.packed, made.dense, inputs(tokens, cols), made.spread, quantised=True)
+
+
+@pytest.mark.parametrize("line", OWN, ids=name_of)
+def test_rows_come_back(line):
+    for rows, cols in [(1, 32), (17, 64), (33, 100)]:
+        made = Made(line, rows, cols)
+        assert np.array_equal(made.packed.dense(), made.row)
+
+
+@pytest.mark.parametrize("line", [line for line in OWN if not line.halves], ids=name_of)
+@pytest.mark.parametrize(("group", "cols"), [(64, 192), (64, 160), (128, 288), (288, 288), (1024, 1000)])
+def test_groups_longer_than_a_block(line, group, cols):
+    """A scale per 64 or more inputs, or per row; the last group may be short."""
+    made = Made(line, 19, cols, group=group)
+    check(made.packed, made.dense, inputs(6, cols), made.spread, quantised=True)
+    assert np.array_equal(made.packed.dense(), made.row)
+
+
+@pytest.mark.parametrize("line", OWN, ids=name_of)
+@pytest.mark.parametrize("scale", ["fp32", "e8m0"])
+def test_scale_types(line, scale):
+    if scale == "e8m0" and line.kind == "Minimum":
+        pytest.skip("a power of two has no sign and no zero: minima are never stored so")
+    made = Made(line, 18, 96, scale=scale)
+    check(made.packed, made.dense, inputs(18, 96), made.spread, quantised=True)
+    assert np.array_equal(made.packed.dense(), made.row)
+
+
+@pytest.mark.parametrize("line", OWN, ids=name_of)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("code", ["largest", "smallest"])
+def test_extremes_do_not_saturate(line, sign, code):
+    """All codes at one end and all inputs at another: the largest sums of products, in 8 and 16-bit steps too."""
+    value = 2**line.bits - 1 if code == "largest" else 0
+    made = Made(line, 17, 128, codes=np.full((17, 128), value, np.uint8), zero_groups=False)
+    x = np.full((17, 128), sign * 127, np.float32)
+    result = check(made.packed, made.dense, x, made.spread, quantised=True)
+    assert np.abs(result).max() > 1 or (line.kind == "Minimum" and code == "smallest")
+
+
+@pytest.mark.parametrize("line", OWN, ids=name_of)
+def test_inputs_at_the_edges(line):
+    """A token of zeros, of one value, with one peak that makes all others round to nothing, and of the smallest floats."""
+    made = Made(line, 20, 96)
+    x = np.zeros((6, 96), np.float32)
+    x[1] = -2.5
+    x[2] = 1e-4
+    x[2, 40] = -1e4
+    x[3, 95] = 1.0
+    x[4] = np.tile(np.float32([127, -127, 0.5, -0.5, 1.5, 2.5, -1.5, 63.5]), 12)  # ties
+    x[5] = 1e-30
+    result = check(made.packed, made.dense, x, made.spread, quantised=True)
+    assert not result[0].any()
+
+
+@pytest.mark.parametrize("steps", [1, 50, 190, 40_000])
+def test_inputs_too_small_for_a_scale_are_zero(steps):
+    """max|x| / 127 would be zero or have a bit or two left, and codes would not fit a byte."""
+    codes, scales = np.full((16, 64), 7, np.uint8), np.full((16, 2), 1e30, np.float32)
+    packed = kernels.pack_codes(codes, scales, bits=4, scale="fp32")
+    x = np.full((2, 64), steps * 2.0**-149, np.float32)
+    for tier in TIERS:
+        assert not kernels.matmul(packed, x, tier).any()
+
+
+@pytest.mark.parametrize("line", OWN, ids=name_of)
+def test_one_token_has_the_bits_it_has_among_many(line):
+    made = Made(line, 33, 96)
+    x = inputs(37, 96)
+    for tier in TIERS:
+        many = kernels.matmul(made.packed, x, tier)
+        for token in range(len(x)):
+            assert np.array_equal(kernels.matmul(made.packed, x[token:token + 1], tier)[0], many[token])
+        for count in (2, 3, 5, 16, 31):
+            assert np.array_equal(kernels.matmul(made.packed, x[3:3 + count], tier), many[3:3 + count])
+
+
+def random_blocks(name: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    """Random bytes with finite scales, (rows, bytes per row)."""
+    layout = LAYOUTS[name]
+    rng = np.random.default_rng(seed + zlib.crc32(name.encode()))
+    raw = rng.integers(0, 256, (rows, cols // layout.values, layout.nbytes), dtype=np.uint8)
+    half = rng.uniform(-0.05, 0.05, (*raw.shape[:2], 2)).astype(np.float16).view(np.uint8)
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(name, 0)
+    if name == "MXFP4":
+        raw[..., 0] = rng.integers(110, 135, raw.shape[:2])
+    else:
+        both = name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
+        raw[..., at:at + (4 if both else 2)] = half[..., :4 if both else 2]
+    return raw.reshape(rows, -1)
+
+
+def spread_of(name: str, dense: np.ndarray) -> np.ndarray:
+    """An upper bound of |scale * code| + |minimum| from the values of a block: where minima cancel, both ends count."""
+    block = LAYOUTS[name].values
+    parts = np.abs(dense).reshape(len(dense), -1, block).max(axis=2)
+    return np.repeat(4 * parts, block, axis=1)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name):
+    for rows, blocks, tokens in [(16, 1, 1), (17, 2, 5), (1, 3, 17), (33, 1, 16), (15, 2, 33), (2, 5, 4)]:
+        cols = blocks * LAYOUTS[name].values
+        raw = random_blocks(name, rows, cols)
+        packed = kernels.pack_blocks(name, raw, cols)
+        dense = decode_blocks(name, raw)
+        assert np.array_equal(packed.dense(), dense)  # but for the sign of a zero
+        wide = dense.astype(np.float64)
+        x = inputs(tokens, cols)
+        many = check(packed, wide, x, spread_of(name, wide), quantised=True)
+        for tier in TIERS:
+            assert np.array_equal(kernels.matmul(packed, x[-1:], tier)[0], many[-1])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("byte", [0x00, 0xFF, 0x80, 0x7F])
+def test_blocks_of_one_byte(name, byte):
+    """Every code and sub-scale at an end, inputs at an end."""
+    cols = 2 * LAYOUTS[name].values
+    layout = LAYOUTS[name]
+    scales = random_blocks(name, 17, cols).reshape(17, -1, layout.nbytes)
+    raw = np.full_like(scales, byte)
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(name, 0)
+    width = 1 if name == "MXFP4" else 4 if name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K") else 2
+    raw[..., at:at + width] = scales[..., at:at + width]
+    raw = raw.reshape(17, -1)
+    dense = decode_blocks(name, raw)
+    packed = kernels.pack_blocks(name, raw, cols)
+    assert np.array_equal(packed.dense(), dense)
+    for sign in (1, -1):
+        x = np.full((18, cols), sign * 127, np.float32)
+        check(packed, dense.astype(np.float64), x, spread_of(name, dense.astype(np.float64)) + 1, quantised=True)
+
+
+def test_mxfp4_exponents_to_the_smallest():
+    raw = random_blocks("MXFP4", 16, 32)
+    raw[:, 0] = np.arange(16)
+    packed = kernels.pack_blocks("MXFP4", raw, 32)
+    dense = decode_blocks("MXFP4", raw)
+    assert np.array_equal(packed.dense(), dense)
+    x = np.full((1, 32), 1e30, np.float32)
+    check(packed, dense.astype(np.float64), x, np.abs(dense.astype(np.float64)), quantised=True)
+
+
+def floats(element: str, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random weight as stored, and in float32."""
+    values = np.random.default_rng(rows + cols).standard_normal((rows, cols), np.float32)
+    if element == "float32":
+        return values, values
+    if element == "float16":
+        return values.astype(np.float16), values.astype(np.float16).astype(np.float32)
+    stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+    return stored, bf16_to_float32(stored)
+
+
+@pytest.mark.parametrize("element", ["float32", "float16", "bfloat16"])
+def test_floats(element):
+    for rows, cols, tokens in [(16, 32, 1), (1, 1, 2), (15, 7, 3), (17, 31, 4), (33, 33, 5), (16, 100, 15), (2, 64, 16),
+                               (33, 40, 17), (17, 65, 33)]:
+        stored, dense = floats(element, rows, cols)
+        packed = kernels.pack_floats(stored, element)
+        assert np.array_equal(packed.dense(), dense)
+        x = inputs(tokens, cols)
+        wide = dense.astype(np.float64)
+        many = check(packed, wide, x, np.abs(wide), quantised=False)
+        for tier in TIERS:
+            assert np.array_equal(kernels.matmul(packed, x[-1:], tier)[0], many[-1])
+
+
+def test_float_extremes():
+    """Subnormal halves, the largest ones, and bfloat16 beyond the halves' range."""
+    stored = np.tile(np.float16([6e-8, -6e-8, 65504, -65504, 2**-14, 0, -0.0, 1]), (16, 4))
+    packed = kernels.pack_floats(stored, "float16")
+    wide = stored.astype(np.float64)
+    check(packed, wide, np.ones((3, 32), np.float32), np.abs(wide), quantised=False)
+    big = np.full((16, 32), 0x7E00, np.uint16)  # 2^125
+    wide = bf16_to_float32(big).astype(np.float64)
+    check(kernels.pack_floats(big, "bfloat16"), wide, np.full((2, 32), 1e-5, np.float32), wide, quantised=False)
+
+
+def test_wrong_arguments_are_refused():
+    codes, scales = np.zeros((2, 64), np.uint8), np.ones((2, 2), np.float32)
+    packed = kernels.pack_codes(codes, scales, bits=4)
+    with pytest.raises(ValueError, match="no kernel for 7-bit"):
+        kernels.pack_codes(codes, scales, bits=7)
+    with pytest.raises(ValueError, match="16 inputs or a multiple of 32; given 8"):
+        kernels.pack_codes(codes, scales, bits=4, group=8)
+    with pytest.raises(ValueError, match=r"expected scales and minima of \(2, 2\)"):
+        kernels.pack_codes(codes, scales[:, :1].copy(), bits=4)
+    with pytest.raises(ValueError, match="16 entries"):
+        kernels.pack_codes(codes, scales, bits=4, table=[1, 2])
+    with pytest.raises(ValueError, match="are not 32 values of Q4_0"):
+        kernels.pack_blocks("Q4_0", np.zeros((1, 17), np.uint8), 32)
+    with pytest.raises(ValueError, match="shapes do not agree"):
+        kernels.matmul(packed, np.zeros((1, 32), np.float32), "reference")
+    with pytest.raises(ValueError, match="unknown instruction tier sse"):
+        kernels.matmul(packed, np.zeros((1, 64), np.float32), "sse")
+    with pytest.raises(ValueError, match="packed data has 7 bytes"):
+        Packed(packed_format(), 2, 64, np.zeros(7, np.uint8))
+    with pytest.raises(ValueError, match="out of range"):
+        packed.row(2)
+
+
+def packed_format():
+    from edgewise.native import _core
+
+    return _core.PackedFormat("int", 4)
