@@ -24,6 +24,8 @@ def to_terminal(report: Report, *, colour: bool, width: int | None) -> str:
     console.print(Text(report.title, style="bold"))
     if report.quantities:
         grid = RichTable.grid(padding=(0, 2))
+        for _ in range(3):
+            grid.add_column(overflow="fold")  # a path is shown whole
         mixed = len({q.origin for q in report.quantities}) > 1
         for quantity in report.quantities:
             origin = quantity.origin if mixed or quantity.origin != "measured" else ""
