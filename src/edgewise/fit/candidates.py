@@ -1,0 +1,125 @@
+"""Tensor groups of a model, and the number formats that each may take.
+
+A group is what the search moves together: the embedding (with the head, where they are one table), the head, query
+and key, value, output, gate, up, down. A candidate is a format that has a kernel; within a group it replaces only the
+weights that it makes smaller, so that a weight stored in few bits is never spread over more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgewise.core.errors import InvalidValueError
+from edgewise.core.numbers import QuantFormat
+from edgewise.core.storage import Stored
+from edgewise.engine.packing import packed_nbytes, recipe_of
+from edgewise.engine.plan import Plan
+
+__all__ = ["LADDER", "Candidate", "TensorGroup", "aligned", "candidates_of", "groups_of"]
+
+LADDER: tuple[str, ...] = (
+    "int8/g32/fp16", "int6/g32/fp16", "int5/g32/fp16", "int4/g32/fp16/min", "int4/g64/fp16/min", "int3/g32/fp16/min",
+    "int3/g64/fp16/min", "int2/g32/fp16/min", "int2/g64/fp16/min")
+"""Formats that the search considers, by falling bits per weight: 8.5, 6.5, 5.5, 5, 4.5, 4, 3.5, 3, 2.5."""
+
+_PAGE_BYTES = 4096
+_WORTH = 0.98
+"""A candidate that leaves more than this share of a group's bytes is not worth a measurement."""
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that a packed weight takes: the engine starts each on a page of its own."""
+    return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class TensorGroup:
+    """Weights that take one format together. packed_bytes, stored_bytes: as they are, in the engine and in a file."""
+
+    name: str
+    weights: dict[str, Stored] = field(repr=False)
+    packed_bytes: int
+    stored_bytes: int
+    parameters: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """As stored."""
+        return 8 * self.stored_bytes / self.parameters
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A group in a format; format None keeps every weight as it is stored. replaced: the weights that change."""
+
+    format: QuantFormat | None
+    replaced: tuple[str, ...]
+    packed_bytes: int
+    stored_bytes: int
+
+    @property
+    def label(self) -> str:
+        return "as stored" if self.format is None else str(self.format)
+
+
+def groups_of(plan: Plan, *, bands: int = 1) -> list[TensorGroup]:
+    """The groups of a plan. bands: 3 takes the first two and the last two layers apart from those between."""
+    members: dict[str, dict[str, Stored]] = {"embedding": {plan.embedding.name: plan.embedding.weight}}
+    for index, layer in enumerate(plan.layers):
+        attention, feed_forward = layer.attention, layer.feed_forward
+        band = _band(index, len(plan.layers)) if bands > 1 else ""
+        parts = [("query and key", attention.q), ("query and key", attention.k), ("value", attention.v),
+                 ("output", attention.o), ("up", feed_forward.up), ("down", feed_forward.down)]
+        if feed_forward.gate is not None:
+            parts.insert(4, ("gate", feed_forward.gate))
+        for name, linear in parts:
+            members.setdefault(f"{name}{band}", {})[linear.name] = linear.weight
+    if plan.head is not None and plan.head.weight is not plan.embedding.weight:
+        members["head"] = {plan.head.name: plan.head.weight}
+    return [_group(name, weights) for name, weights in members.items()]
+
+
+def _band(index: int, layers: int) -> str:
+    if layers < 6:
+        return ""
+    return ", first two layers" if index < 2 else ", last two layers" if index >= layers - 2 else ", between"
+
+
+def _group(name: str, weights: dict[str, Stored]) -> TensorGroup:
+    packed = sum(aligned(recipe_of(weight_name, stored).nbytes) for weight_name, stored in weights.items())
+    return TensorGroup(name, weights, packed, sum(stored.nbytes for stored in weights.values()),
+                       sum(int(np.prod(stored.shape)) for stored in weights.values()))
+
+
+def candidates_of(group: TensorGroup, formats: Sequence[QuantFormat], count: int | None = 5) -> list[Candidate]:
+    """The group as stored, then `count` of the formats that make it smaller, spread evenly over their range of bits.
+
+    count None takes every one of them.
+    """
+    if count is not None and count < 1:
+        raise InvalidValueError(f"at least one candidate per group; given {count}")
+    useful = [candidate for fmt in formats if (candidate := _candidate(group, fmt)) is not None]
+    useful.sort(key=lambda candidate: -candidate.packed_bytes)
+    if count is not None and len(useful) > count:
+        places = np.rint(np.linspace(0, len(useful) - 1, count)).astype(int)
+        useful = [useful[place] for place in places]
+    return [Candidate(None, (), group.packed_bytes, group.stored_bytes), *useful]
+
+
+def _candidate(group: TensorGroup, fmt: QuantFormat) -> Candidate | None:
+    replaced, packed, stored_bytes = [], 0, 0
+    for name, stored in group.weights.items():
+        before, after = recipe_of(name, stored).nbytes, packed_nbytes(fmt, stored.shape)
+        if after is not None and after < before:
+            replaced.append(name)
+            packed += aligned(after)
+            stored_bytes += fmt.nbytes(stored.shape)
+        else:
+            packed += aligned(before)
+            stored_bytes += stored.nbytes
+    if not replaced or packed > _WORTH * group.packed_bytes:
+        return None
+    return Candidate(fmt, tuple(replaced), packed, stored_bytes)

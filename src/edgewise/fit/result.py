@@ -1,0 +1,113 @@
+"""What a fit chose and what it measured, as a Report with tables and a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgewise.core.checkpoint import Step
+from edgewise.core.report import Quantity, Report, Table
+from edgewise.engine.model import Memory
+from edgewise.fit.candidates import Candidate, TensorGroup
+from edgewise.fit.choose import Choice
+from edgewise.report import plot_table
+
+__all__ = ["Measured", "pareto_plot", "report_of"]
+
+_ROWS = 12
+_BAR = 24
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model as measured. kl and its standard error: against the source, in nats; None for the source itself."""
+
+    disk_bytes: int
+    memory: Memory
+    bits_per_weight: float
+    kv: str
+    context: int
+    perplexity: float
+    decode_tokens_per_s: float
+    kl: float | None = None
+    kl_error: float = 0.0
+    agreement: float | None = None
+
+    @property
+    def quality(self) -> float | None:
+        return None if self.kl is None else math.exp(-self.kl)
+
+
+def report_of(title: str, before: Measured, after: Measured, choice: Choice, groups: Sequence[TensorGroup],
+              candidates: Sequence[Sequence[Candidate]], kls: Sequence[Sequence[float]], front: Sequence[Choice],
+              *, text: tuple[str, str], positions: int, seconds: dict[str, float], written: str | None,
+              lineage: tuple[Step, ...]) -> Report:
+    """text: the name and the SHA-256 of the text measured on. seconds: of the search's stages, by name."""
+    assert after.kl is not None
+    low, high = after.kl - 1.96 * after.kl_error, after.kl + 1.96 * after.kl_error
+    quantities = [
+        Quantity("quality", after.quality, "", (math.exp(-high), math.exp(-max(low, 0.0)))),
+        Quantity("quality predicted", math.exp(-choice.kl), origin="simulated"),
+        Quantity("memory_bytes", after.memory.total_bytes, "B"),
+        Quantity("storage_bytes", after.disk_bytes, "B"),
+        Quantity("tokens_per_s", after.decode_tokens_per_s, "tokens/s"),
+        Quantity("text", f"{text[0]}, SHA-256 {text[1][:16]}, {positions} positions"),
+        *(Quantity(f"{name}_s", value, "s") for name, value in seconds.items()),
+    ]
+    if written is not None:
+        quantities.append(Quantity("written to", written))
+    rows = (("bytes on disk", _mb(before.disk_bytes), _mb(after.disk_bytes)),
+            ("memory", _mb(before.memory.total_bytes), _mb(after.memory.total_bytes)),
+            ("  weights", _mb(before.memory.weights_bytes), _mb(after.memory.weights_bytes)),
+            ("  KV cache", _mb(before.memory.kv_bytes), _mb(after.memory.kv_bytes)),
+            ("  scratch", _mb(before.memory.scratch_bytes), _mb(after.memory.scratch_bytes)),
+            ("context, positions", before.context, after.context),
+            ("KV format", before.kv, after.kv),
+            ("bits per weight", round(before.bits_per_weight, 2), round(after.bits_per_weight, 2)),
+            ("mean KL to the source, nats", 0.0, after.kl),
+            ("quality exp(-KL)", 1.0, after.quality),
+            ("same first choice", 1.0, after.agreement),
+            ("perplexity", before.perplexity, after.perplexity),
+            ("decoding, tokens/s", before.decode_tokens_per_s, after.decode_tokens_per_s))
+    return Report(title, tuple(quantities),
+                  (Table("Before and after", ("", "source", "fitted"), rows),
+                   _groups_table(choice, groups, candidates, kls), _front_table(front, choice)),
+                  lineage=lineage)
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"
+
+
+def _groups_table(choice: Choice, groups: Sequence[TensorGroup], candidates: Sequence[Sequence[Candidate]],
+                  kls: Sequence[Sequence[float]]) -> Table:
+    rows = []
+    for group, choices, costs, pick in zip(groups, candidates, kls, choice.allocation.picks, strict=True):
+        others = ", ".join(f"{each.label.removesuffix('/min').removesuffix('/fp16')} {cost:.3g}"
+                           for each, cost in zip(choices, costs, strict=True) if each.format is not None)
+        rows.append((group.name, round(group.bits_per_weight, 2), choices[pick].label,
+                     round(8 * choices[pick].stored_bytes / group.parameters, 2), _mb(choices[pick].packed_bytes),
+                     costs[pick], others))
+    return Table("Formats, and the KL in nats that each would cost alone",
+                 ("group", "bits before", "format", "bits", "size", "KL", "measured"), tuple(rows))
+
+
+def _front_table(front: Sequence[Choice], choice: Choice) -> Table:
+    """A dozen points of the front, the one nearest to the choice among them, with a bar for the quality."""
+    if len(front) > _ROWS:
+        places = {round(i * (len(front) - 1) / (_ROWS - 1)) for i in range(_ROWS)}
+        places.add(min(range(len(front)), key=lambda i: (front[i].allocation.picks != choice.allocation.picks,
+                                                         front[i].kv != choice.kv)))
+        front = [front[i] for i in sorted(places)]
+    rows = tuple((point.memory_bytes / 1e6, math.exp(-point.kl), "█" * max(round(_BAR * math.exp(-point.kl)), 1),
+                  point.kv, "chosen" if (point.allocation.picks, point.kv) == (choice.allocation.picks, choice.kv)
+                  else "") for point in front)
+    context = front[0].context
+    return Table(f"Pareto front at {context} positions, predicted", ("memory, MB", "quality", "", "KV", "choice"), rows)
+
+
+def pareto_plot(report: Report) -> str:
+    """The Pareto table as an SVG document."""
+    table = next(table for table in report.tables if table.title.startswith("Pareto"))
+    return plot_table(table, x="memory, MB", y="quality", label="choice", front=range(len(table.rows)))

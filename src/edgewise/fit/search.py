@@ -1,0 +1,266 @@
+"""A model made to fit a Budget: measure sensitivities, choose, build, measure what came out, write it.
+
+    from edgewise.fit import fit
+    result = fit("smollm2", Budget(memory_bytes=90_000_000), out="small")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewise.core.budget import Budget
+from edgewise.core.checkpoint import Checkpoint, Step
+from edgewise.core.errors import BudgetError, InvalidValueError
+from edgewise.core.numbers import QuantFormat
+from edgewise.core.report import Report
+from edgewise.core.storage import LazyTensors, Stored
+from edgewise.data.texts import Text, text
+from edgewise.data.tokenizer import tokenizer_of
+from edgewise.engine.loading import model_of
+from edgewise.engine.model import LanguageModel
+from edgewise.fit.allocate import front_of
+from edgewise.fit.candidates import LADDER, Candidate, TensorGroup, candidates_of, groups_of
+from edgewise.fit.choose import Choice, Space, choose, context_limit, front_with_kv
+from edgewise.fit.result import Measured, pareto_plot, report_of
+from edgewise.fit.sensitivity import Bench, Sample, importance_of, mean_kl, sample_of, sensitivities
+from edgewise.formats.cache import write_aside
+from edgewise.formats.folder import check_target, write_folder
+from edgewise.formats.sources import open_checkpoint
+from edgewise.measure.machine import usable_cores
+
+__all__ = ["FitResult", "fit"]
+
+Progress = Callable[[str, int, int], None]
+Search = Literal["quick", "full"]
+TOKENS = {"quick": 512, "full": 2048}
+_TRIES = 6
+_SPEED_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The fitted model, as a Checkpoint that loads and as a folder where one was asked for, and the Report."""
+
+    checkpoint: Checkpoint
+    report: Report
+    folder: Path | None = None
+
+
+def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str | Path | None = None,
+        context: int | None = None, text_from: str | Sequence[int] = "pydoc", search: Search = "quick",
+        formats: Sequence[str | QuantFormat] | None = None, threads: int | None = None, overwrite: bool = False,
+        offline: bool | None = None, progress: Progress | None = None) -> FitResult:
+    """Choose number formats per tensor group, the KV format and the context, within a budget.
+
+    budget: memory_bytes, storage_bytes and quality are used; quality alone takes the least memory that reaches it.
+    context: positions; by default as many as fit, at least 1024 where possible. out: a folder to write.
+    text_from: a text as `edgewise.data.texts.text` names it, or token ids. search: "full" takes every format of the
+    ladder, first and last layers apart, on four times the text. formats: instead of the ladder.
+    Raises BudgetError with the smallest budget that can be met, and what `load` raises.
+    """
+    _check(budget, context, search)
+    if out is not None:
+        check_target(out, overwrite=overwrite)
+    threads = threads or usable_cores().usable
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
+        os.fspath(source), offline=offline, progress=progress)
+    bench = Bench(checkpoint, threads=threads, progress=progress)
+    name, digest, ids = _ids(checkpoint, text_from, offline, progress)
+    sample = sample_of(ids, context=context_limit(bench.plan), tokens=TOKENS[search])
+
+    started = time.perf_counter()
+    importance = importance_of(checkpoint, sample, threads)
+    reference = bench.reference(sample.search)
+    ladder = [fmt if isinstance(fmt, QuantFormat) else QuantFormat.parse(fmt) for fmt in formats or LADDER]
+    groups = groups_of(bench.plan, bands=3 if search == "full" else 1)
+    candidates = [candidates_of(group, ladder, None if search == "full" else 5) for group in groups]
+    kls = sensitivities(bench, reference, groups, candidates, importance, progress)
+    kvs = {"fp16": 0.0, **{kv: bench.kl(reference, kv=kv) for kv in ("int8", "int4")}}
+    searched_s = time.perf_counter() - started
+
+    space = Space(bench.plan, [front_of(candidates, kls, by) for by in ("packed", "stored")], kvs, threads,
+                  _other_bytes(checkpoint, groups))
+    fitted = _Fitted(checkpoint, bench, groups, candidates, importance, budget, digest, search)
+    choice, result, before, after = _settle(fitted, space, sample, context, threads)
+
+    folder: Path | None = None
+    lineage = result.lineage
+    if out is not None:
+        folder = write_folder(result, out, overwrite=overwrite, progress=progress)
+        after = replace(after, disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    report = report_of(
+        f"{checkpoint.metadata.get('name') or checkpoint.source}: fitted to {budget!r}", before, after, choice, groups,
+        candidates, kls, front_with_kv(space, choice.context), text=(name, digest), positions=sample.check.size,
+        seconds={"sensitivities": searched_s, "all": time.perf_counter() - started},
+        written=None if folder is None else str(folder), lineage=lineage)
+    if broken := budget.check(report):
+        raise BudgetError(f"{broken[0]}, though the choice was made for less; ask for a little less")
+    if folder is not None:
+        _beside(folder, report)
+    return FitResult(result, report, folder)
+
+
+def _check(budget: Budget, context: int | None, search: str) -> None:
+    used = {"memory_bytes", "storage_bytes", "quality"}
+    if not budget.limits().keys() & used:
+        raise InvalidValueError("fit needs a limit: memory, storage or quality; given none of them")
+    if others := budget.limits().keys() - used:
+        raise InvalidValueError(f"fit chooses by memory, storage and quality; given also {', '.join(sorted(others))}")
+    if context is not None and context < 1:
+        raise InvalidValueError(f"a context has at least one position; given {context}")
+    if search not in TOKENS:
+        raise InvalidValueError(f"search is {' or '.join(TOKENS)}; given {search!r}")
+
+
+def _ids(checkpoint: Checkpoint, text_from: str | Sequence[int], offline: bool | None,
+         progress: Progress | None) -> tuple[str, str, NDArray[np.int32]]:
+    """(name, SHA-256, token ids) of the text."""
+    if not isinstance(text_from, str):
+        ids = np.asarray(text_from, np.int32)
+        return "token ids", Text.of("", ",".join(map(str, ids))).sha256, ids
+    if "tokenizer" not in checkpoint.metadata:
+        raise InvalidValueError(f"{checkpoint.source}: the model carries no tokenizer; give token ids as the text")
+    known = text(text_from, offline=offline, progress=progress)
+    encoded = tokenizer_of(checkpoint).encode(known.content, add_special=False)
+    return known.name, known.sha256, np.asarray(encoded, np.int32)
+
+
+def _other_bytes(checkpoint: Checkpoint, groups: Sequence[TensorGroup]) -> int:
+    """Bytes of a folder besides the weights of the groups: other tensors, tokenizer, configuration, reports."""
+    weights = {name for group in groups for name in group.weights}
+    tensors = sum(checkpoint.tensors[name].nbytes for name in checkpoint.tensors if name not in weights)
+    tokenizer = checkpoint.metadata.get("tokenizer", b"")
+    size = len(tokenizer) if isinstance(tokenizer, bytes) else len(json.dumps(tokenizer, default=str))
+    return tensors + size + 1200 * len(checkpoint.tensors) + 50_000
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """Makes the checkpoint of a choice."""
+
+    source: Checkpoint
+    bench: Bench
+    groups: Sequence[TensorGroup]
+    candidates: Sequence[Sequence[Candidate]]
+    importance: Mapping[str, NDArray[np.float32]]
+    budget: Budget
+    text_sha256: str
+    search: Search
+
+    def checkpoint(self, choice: Choice) -> Checkpoint:
+        """The codes of every changed weight are held, a byte each."""
+        changed: dict[str, Stored] = {}
+        chosen: dict[str, str] = {}
+        for group, choices, pick in zip(self.groups, self.candidates, choice.allocation.picks, strict=True):
+            candidate = choices[pick]
+            chosen[group.name] = candidate.label
+            for name in candidate.replaced:
+                changed[name] = self.bench.rounded(group, name, candidate, self.importance)
+        source = self.source.tensors
+        makers: dict[str, Callable[[], Stored]] = {
+            name: (lambda name=name: changed[name] if name in changed else source[name])  # type: ignore[misc]
+            for name in source}
+        run: dict[str, Any] = {"kv": choice.kv, "context": choice.context}
+        if self.budget.memory_bytes is not None:
+            run["memory_bytes"] = self.budget.memory_bytes
+        step = Step("fit", {"formats": chosen, **run, "budget": self.budget.limits(), "search": self.search,
+                            "text_sha256": self.text_sha256}, _version())
+        return replace(self.source.with_tensors(LazyTensors(makers), step, edgewise_run=run), files=())
+
+
+def _version() -> str:
+    from edgewise import __version__
+
+    return __version__
+
+
+def _settle(fitted: _Fitted, space: Space, sample: Sample, context: int | None,
+            threads: int) -> tuple[Choice, Checkpoint, Measured, Measured]:
+    """Choose, build and measure; where a quality is asked for and not reached, choose again with more care."""
+    budget = fitted.budget
+    wanted = None if budget.quality is None else -math.log(budget.quality)
+    led = wanted is not None and budget.memory_bytes is None and budget.storage_bytes is None
+    limit = wanted if led else None
+    reached: list[float] = []
+    for _ in range(_TRIES):
+        choice = choose(space, budget, context, kl_limit=limit)
+        result = fitted.checkpoint(choice)
+        source_model = model_of(fitted.source, threads=threads, kv="fp16", context=choice.context)
+        model = model_of(result, threads=threads, cache=False)
+        before, after = _measured(source_model, model, fitted, choice, sample)
+        assert after.kl is not None
+        if wanted is None or after.kl <= wanted:
+            return choice, result, before, after
+        reached.append(math.exp(-after.kl))
+        if not led:
+            break
+        assert limit is not None
+        # Divergences do not quite add up: ask for as much less as was missed.
+        limit = min(limit, choice.kl) * min(wanted / after.kl, 0.95)
+        if choice.kl == 0.0:
+            break
+    raise BudgetError(f"{budget!r} cannot be met: the best choice reaches quality {max(reached):.4f}, measured; "
+                      "give more memory or storage, or ask for less quality")
+
+
+def _measured(source: LanguageModel, model: LanguageModel, fitted: _Fitted, choice: Choice,
+              sample: Sample) -> tuple[Measured, Measured]:
+    """Both models on the windows of the check, then in turns at decoding."""
+    kls, same, losses = [], [], ([], [])  # type: ignore[var-annotated]
+    for window in sample.check:
+        ids = window[:choice.context]
+        logits = [each.forward(ids) for each in (source, model)]
+        kls.append(mean_kl(logits[0], logits[1]))
+        same.append(logits[0].argmax(axis=-1) == logits[1].argmax(axis=-1))
+        for loss, rows in zip(losses, logits, strict=True):
+            top = rows.max(axis=-1)
+            total = top + np.log(np.exp(rows - top[:, None]).sum(axis=-1, dtype=np.float64))
+            loss.append((total[:-1] - rows[np.arange(len(ids) - 1), ids[1:]]).astype(np.float64))
+    kl = np.concatenate(kls)
+    perplexities = [math.exp(float(np.concatenate(loss).mean())) for loss in losses]
+    speeds = _speeds((source, model), sample.check[0], choice.context)
+    allocation = choice.allocation
+    stored = sum(group.stored_bytes for group in fitted.groups)
+    parameters = sum(group.parameters for group in fitted.groups)
+    disk = (sum(os.path.getsize(path) for path in fitted.source.files) or fitted.source.nbytes,
+            allocation.stored_bytes + fitted.source.nbytes - stored)
+    return (
+        Measured(disk[0], source.memory, 8 * stored / parameters, source.kv, source.context, perplexities[0],
+                 speeds[0]),
+        Measured(disk[1], model.memory, 8 * allocation.stored_bytes / parameters, model.kv, model.context,
+                 perplexities[1], speeds[1], float(kl.mean()), float(kl.std() / math.sqrt(len(kl))),
+                 float(np.concatenate(same).mean())))
+
+
+def _speeds(models: Sequence[LanguageModel], ids: NDArray[np.int32], context: int) -> list[float]:
+    """Tokens per second of greedy decoding: the best of three turns of each model, taken alternately."""
+    tokens = min(_SPEED_TOKENS, context // 2)
+    prompt = [int(i) for i in ids[:min(32, context // 2)]]
+    if tokens < 2 or not prompt:
+        return [math.nan] * len(models)
+    best = [0.0] * len(models)
+    for _ in range(3):
+        for place, model in enumerate(models):
+            model.reset()
+            done = model.generate(prompt, max_tokens=tokens, ignore_eos=True).result()
+            best[place] = max(best[place], (len(done.ids) - 1) / max(done.decode_s, 1e-9))
+            model.reset()
+    return best
+
+
+def _beside(folder: Path, report: Report) -> None:
+    """The report and its plot, next to the model."""
+    for name, content in (("fit.json", json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"),
+                          ("fit.svg", pareto_plot(report))):
+        with write_aside(folder / name) as file:
+            file.write(content.encode("utf-8"))

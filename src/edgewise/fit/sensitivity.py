@@ -1,0 +1,199 @@
+"""How far each group in each format moves the model's predictions, measured through the engine.
+
+One group at a time is rounded, packed and put in the place of the source's; all other weights stay shared with it.
+The measure is the mean KL(source || changed) over the positions of a sample of text, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewise.core.checkpoint import Checkpoint
+from edgewise.core.errors import InvalidValueError, UnsupportedError, notice
+from edgewise.core.storage import QuantizedTensor
+from edgewise.engine.archs import plan_of
+from edgewise.engine.build import build_model, linears_of
+from edgewise.engine.loading import model_of
+from edgewise.engine.packing import PackedWeights, pack_all, pack_one, recipe_of, unique
+from edgewise.fit.candidates import Candidate, TensorGroup
+from edgewise.fit.rounding import quantised
+from edgewise.formats.cache import files_key
+from edgewise.native import _core  # type: ignore[attr-defined]
+
+__all__ = ["Bench", "Importance", "Reference", "Sample", "importance_of", "mean_kl", "sample_of",
+           "sensitivities"]
+
+Progress = Callable[[str, int, int], None]
+Ids = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+Importance = Mapping[str, Float32]
+"""Mean square of each input, by the name of the linear that reads it: (in,) float32."""
+
+_REFERENCE_BYTES = 128 << 20
+"""What the source's logits may take; of a large vocabulary only every second, third, ... position is compared."""
+_BLOCK_ROWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Excerpts of a text. search: (windows, tokens) for sensitivities; check: (windows, tokens) for the result."""
+
+    search: Ids
+    check: Ids
+
+
+def sample_of(ids: Sequence[int] | Ids, *, context: int, tokens: int = 512, checked: int = 2048) -> Sample:
+    """Excerpts spread evenly over a tokenised text, those of the search and those of the check apart from each other.
+
+    The check takes windows of 512 tokens, the search windows of 128, both at most a `context`.
+    """
+    ids = np.asarray(ids, np.int32)
+    long, short = min(512, context), min(128, context)
+    if len(ids) < long + short:
+        raise InvalidValueError(f"the text has {len(ids)} tokens; the search needs at least {long + short}; "
+                                "give a longer text")
+    count, parts = max(checked // long, 1), max(tokens // short, 1)
+    if len(ids) < count * long + parts * short:
+        count = max((len(ids) - parts * short) // long, 1)
+        parts = max(min(parts, (len(ids) - count * long) // short), 1)
+        notice("truncation", f"the text has {len(ids)} tokens; the search uses {parts * short} and the check "
+               f"{count * long} of them", where="fit")
+    gap = (len(ids) - count * long - parts * short) // (count + parts)
+    # One run of slots, of which every few are of the search, with equal gaps between them.
+    every = max((count + parts) // parts, 1)
+    search: list[Ids] = []
+    check: list[Ids] = []
+    start = 0
+    for slot in range(count + parts):
+        short_turn = (slot % every == every - 1 and len(search) < parts) or len(check) == count
+        length = short if short_turn else long
+        (search if short_turn else check).append(ids[start:start + length])
+        start += length + gap
+    return Sample(np.stack(search), np.stack(check))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The source's logits at the compared positions of each search window: (positions, vocab) float32 each."""
+
+    windows: Ids
+    rows: Ids
+    logits: tuple[Float32, ...]
+
+
+def mean_kl(source: Float32, changed: Float32) -> NDArray[np.float64]:
+    """KL(source || changed) of each row of logits, (rows,) float64 in nats.
+
+    With p = softmax(a), d = a - b and c = E_p[d]:  KL = E_p[d] + log E_p[exp(-d)] = log(1 + E_p[expm1(c - d)]).
+    Only differences of logits enter, so that single precision is enough for the smallest divergences.
+    """
+    if source.shape != changed.shape or source.ndim != 2:
+        raise InvalidValueError(f"logits of one shape (rows, vocab) are compared; given {source.shape} and "
+                                f"{changed.shape}")
+    result = np.empty(len(source))
+    for start in range(0, len(source), _BLOCK_ROWS):
+        a, b = source[start:start + _BLOCK_ROWS], changed[start:start + _BLOCK_ROWS]
+        p = np.exp(a - a.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        gap = b - a
+        gap -= np.einsum("rv,rv->r", p, gap)[:, None]
+        # Beyond e^80 single precision has no number; a divergence of 80 nats is as bad as any.
+        growth = np.einsum("rv,rv->r", p, np.expm1(np.minimum(gap, 80.0, out=gap), out=gap), dtype=np.float64)
+        result[start:start + len(a)] = np.log1p(np.maximum(growth, 0.0))
+    return result
+
+
+def importance_of(checkpoint: Checkpoint, sample: Sample, threads: int) -> dict[str, Float32]:
+    """Mean square of each linear's inputs over the search windows; of a tied embedding, of the head's inputs."""
+    length = sample.search.shape[1]
+    model = model_of(checkpoint, threads=threads, context=length, kv="fp16")
+    stats = model.calibrate([list(map(int, window)) for window in sample.search])
+    squares = {name: stats[name].total_square / stats[name].count for name in stats}
+    states = np.concatenate([model.states(window) for window in sample.search])
+    plan = plan_of(checkpoint)
+    if plan.head is not None:
+        squares[plan.head.name] = np.square(states, dtype=np.float64).mean(axis=0)
+    # An input that the sample never used still counts for something.
+    return {name: (square + 1e-3 * square.mean() + 1e-30).astype(np.float32) for name, square in squares.items()}
+
+
+class Bench:
+    """A source model whose weights can be exchanged one group at a time, all others shared."""
+
+    def __init__(self, checkpoint: Checkpoint, *, threads: int, kv: str = "fp16",
+                 progress: Progress | None = None) -> None:
+        self.plan = plan_of(checkpoint)
+        if self.plan.kind != "decoder" or self.plan.head is None:
+            raise UnsupportedError(
+                f"{checkpoint.source}: fit compares predictions of the next token, and {checkpoint.arch} is an "
+                "encoder; load it with a format instead, such as load(source, format='int8/g32')")
+        self.threads, self.kv = threads, kv
+        weights = unique((linear.name, linear.weight) for linear in linears_of(self.plan))
+        self._names = {id(stored): name for name, stored in weights.items()}
+        recipes = {name: recipe_of(name, stored) for name, stored in weights.items()}
+        key = files_key(checkpoint.files) if checkpoint.files else None
+        self._packed = pack_all(recipes, key=key, progress=progress)
+
+    def session(self, tokens: int, changed: Mapping[str, Any] | None = None, kv: str | None = None) -> Any:
+        """A native session for sequences of `tokens`. changed: native matrices that stand in, by weight name."""
+        matrices = {**self._packed.matrices, **(changed or {})}
+        model = build_model(self.plan, PackedWeights(matrices, self._packed.nbytes, self._packed.cached), self._names)
+        return _core.Session(model, kv or self.kv, tokens, 1, self.threads, tokens)
+
+    def packed(self, group: TensorGroup, candidate: Candidate, importance: Importance) -> dict[str, Any]:
+        """The native matrices of the weights that a candidate changes."""
+        assert candidate.format is not None
+        return {name: pack_one(recipe_of(name, self.rounded(group, name, candidate, importance)))
+                for name in candidate.replaced}
+
+    def rounded(self, group: TensorGroup, name: str, candidate: Candidate, importance: Importance) -> QuantizedTensor:
+        """One weight of a group in the candidate's format."""
+        assert candidate.format is not None
+        return quantised(group.weights[name], candidate.format, importance=importance.get(name), threads=self.threads)
+
+    def reference(self, windows: Ids) -> Reference:
+        """The source's predictions on the windows."""
+        length = windows.shape[1]
+        stride = max(1, -(-windows.size * self.plan.vocab * 4 // _REFERENCE_BYTES))
+        rows = np.arange(0, length, stride, dtype=np.int32)
+        return Reference(windows, rows, tuple(self._logits(self.session(length), windows, rows)))
+
+    def kl(self, reference: Reference, changed: Mapping[str, Any] | None = None, kv: str | None = None) -> float:
+        """Mean KL(source || changed) over the reference's positions, in nats."""
+        session = self.session(reference.windows.shape[1], changed, kv)
+        total, count = 0.0, 0
+        for source, logits in zip(reference.logits, self._logits(session, reference.windows, reference.rows),
+                                  strict=True):
+            total += float(mean_kl(source, logits).sum())
+            count += len(source)
+        return total / count
+
+    @staticmethod
+    def _logits(session: Any, windows: Ids, rows: Ids) -> Iterator[Float32]:
+        for ids in windows:
+            session.truncate(0, 0)
+            session.forward(ids, np.zeros(len(ids), np.int32))
+            yield np.asarray(session.logits(rows))
+
+
+def sensitivities(bench: Bench, reference: Reference, groups: Sequence[TensorGroup],
+                  candidates: Sequence[Sequence[Candidate]], importance: Importance,
+                  progress: Progress | None = None) -> list[list[float]]:
+    """Mean KL of each candidate of each group alone, in nats; a group as stored has none."""
+    total, done = sum(len(choices) for choices in candidates), 0
+    result = []
+    for group, choices in zip(groups, candidates, strict=True):
+        row = []
+        for candidate in choices:
+            row.append(0.0 if candidate.format is None else
+                       bench.kl(reference, bench.packed(group, candidate, importance)))
+            done += 1
+            if progress is not None:
+                progress(f"measuring {group.name}", done, total)
+        result.append(row)
+    return result
