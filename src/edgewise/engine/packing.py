@@ -88,7 +88,7 @@ class _Layout:
     native: Any
     group: int
     shift: int = 0
-    scale_factor: np.float32 = np.float32(1)
+    scale_factor: float = 1.0
 
 
 def _layout_of_format(fmt: QuantFormat, cols: int) -> _Layout | None:
@@ -102,10 +102,10 @@ def _layout_of_format(fmt: QuantFormat, cols: int) -> _Layout | None:
     if group != 16 and group % 32:
         return None
     table: list[int] = []
-    scale_factor = np.float32(1)
+    scale_factor = 1.0
     shift = 0
     if fmt.element == FP4:
-        element, bits, table, scale_factor = "table", 4, _FP4_TABLE, np.float32(0.5)
+        element, bits, table, scale_factor = "table", 4, _FP4_TABLE, 0.5
     elif fmt.element.kind == "int":
         element, bits = "int", fmt.element.bits
         shift = 0 if fmt.zero != "none" else 2 ** (bits - 1)
@@ -138,7 +138,7 @@ def _quantised(stored: QuantizedTensor) -> Recipe | None:
 
     def write(out: Bytes) -> None:
         codes = (stored.codes.astype(np.int16) + layout.shift).astype(np.uint8)
-        scales = np.ascontiguousarray(np.broadcast_to(stored.scales * layout.scale_factor, _groups(stored)),
+        scales = np.ascontiguousarray(np.broadcast_to(stored.scales * np.float32(layout.scale_factor), _groups(stored)),
                                       np.float32)
         minima = np.zeros((1, 1), np.float32)
         if fmt.zero == "min":
