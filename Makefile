@@ -2,7 +2,7 @@
 PYTHON ?= python3
 DEV := .venv/bin
 NEW := .venv-test/bin
-PROMPT ?= What is the capital of France?
+PROMPT ?= Why is the sky blue?
 MEMORY ?= 90MB
 
 .PHONY: help demo test dev check lint fuzz clean
