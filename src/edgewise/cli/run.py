@@ -132,11 +132,6 @@ def _decoded(file: Path | None) -> str:
 
 def _answer(model: LanguageModel, text: str, system: str | None, raw: bool, options: GenerationOptions, source: str,
             logprobs: bool, stats: bool, load_s: float, name: str) -> tuple[dict[str, Any], Report | None]:
-    if model.template is None and not raw:
-        if system is not None:
-            raise InvalidValueError(f"{name} has no chat template, so there is no place for --system; put it into the "
-                                    "prompt")
-        notice("info", "the model has no chat template; the text is continued as it stands", where="run")
     turns = [{"role": "system", "content": system}] if system is not None else []
     turns.append({"role": "user", "content": text})
     generation = model.generate(turns if system is not None else text, options, raw=raw)
