@@ -27,8 +27,8 @@ std::vector<float> copy(const std::optional<Floats>& values) {
   return {values->data(), values->data() + values->size()};
 }
 
-Linear make_linear(const PackedMatrix& weight, const std::optional<Floats>& bias) {
-  Linear linear{weight, copy(bias)};
+Linear make_linear(const PackedMatrix& weight, const std::optional<Floats>& bias, bool int8) {
+  Linear linear{weight, copy(bias), int8};
   if (!linear.bias.empty() && linear.bias.size() != weight.rows)
     throw std::invalid_argument("a bias has " + std::to_string(linear.bias.size()) + " values; its weight has " +
                                 std::to_string(weight.rows) + " rows");
@@ -86,9 +86,9 @@ nb::object new_array(std::vector<size_t> shape, float** data) {
 void bind_engine(nb::module_& m) {
   nb::exception<ContextOverflow>(m, "ContextOverflow");
 
-  nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, const PackedMatrix& weight, std::optional<Floats> bias) {
-    new (self) Linear(make_linear(weight, bias));
-  }, "weight"_a, "bias"_a = nb::none());
+  nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, const PackedMatrix& weight, std::optional<Floats> bias, bool int8) {
+    new (self) Linear(make_linear(weight, bias, int8));
+  }, "weight"_a, "bias"_a = nb::none(), "int8"_a = true);
   nb::class_<Norm>(m, "Norm").def("__init__", [](Norm* self, const std::string& kind, std::optional<Floats> weight, std::optional<Floats> bias, float eps) {
     new (self) Norm(make_norm(kind, weight, bias, eps));
   }, "kind"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);

@@ -56,7 +56,7 @@ PackedFormat make_format(const std::string& element, int bits, bool has_min, con
     if (table.size() != 16) throw std::invalid_argument("a table has 16 entries; given " + std::to_string(table.size()));
     for (size_t i = 0; i < 16; ++i) format.table[i] = static_cast<int8_t>(table[i]);
   }
-  if (kernels(Tier::Reference).matmul(format) == nullptr)
+  if (kernels(Tier::Reference).matmul(format, true) == nullptr)
     throw std::invalid_argument("no kernel for " + std::to_string(bits) + "-bit codes " + (has_min ? "with" : "without") +
                                 " minimum, a scale per " + std::to_string(group) + " inputs");
   return format;
@@ -75,7 +75,7 @@ Tier tier_of(const std::string& name) {
 }
 
 // x (tokens, cols) W^T -> y (tokens, rows), with `slots` tokens in a tile, on the tier of that name.
-void matmul(const PackedMatrix& w, Matrix<float> x, Output<float> y, const std::string& tier) {
+void matmul(const PackedMatrix& w, Matrix<float> x, Output<float> y, const std::string& tier, bool int8) {
   const Kernels& table = kernels(tier_of(tier));
   const size_t tokens = x.shape(0);
   if (x.shape(1) != w.cols || y.size() != tokens * w.rows) throw std::invalid_argument("matmul: shapes do not agree");
@@ -84,14 +84,15 @@ void matmul(const PackedMatrix& w, Matrix<float> x, Output<float> y, const std::
   a.cols = w.cols;
   a.slots = tokens == 1 ? 1 : kLanes;
   std::vector<uint8_t> buffer(Activations::nbytes_int8(tokens, w.cols, a.slots) + Activations::nbytes_float(tokens, w.cols, a.slots));
-  if (w.format.quantised()) {
+  int8 = int8 && w.format.quantised();
+  if (int8) {
     a.place_int8(buffer.data());
     for (size_t t = 0; t < tokens; ++t) table.rows.quantise(x.data() + t * w.cols, a, t);
   } else {
     a.place_float(buffer.data());
     for (size_t t = 0; t < tokens; ++t) table.rows.place(x.data() + t * w.cols, a, t);
   }
-  const MatmulKernel kernel = table.matmul(w.format);
+  const MatmulKernel kernel = table.matmul(w.format, int8);
   float out[kLanes * kLanes];
   for (size_t tile = 0; tile < a.tiles(); ++tile) {
     const size_t count = std::min(a.slots, tokens - tile * a.slots);
@@ -195,8 +196,8 @@ void bind_kernels(nb::module_& m) {
           nb::gil_scoped_release release;
           pack_floats(format, values.data(), rows, cols, 0, (rows + kLanes - 1) / kLanes, out.data());
         }, nb::arg("format"), nb::arg("values"), nb::arg("cols"), nb::arg("out"));
-  m.def("matmul", &matmul, nb::arg("w"), nb::arg("x"), nb::arg("y"), nb::arg("tier"), nb::call_guard<nb::gil_scoped_release>(),
-        "y (tokens, rows) = x (tokens, cols) W^T by the kernel of a tier; inputs are quantised as the engine does");
+  m.def("matmul", &matmul, nb::arg("w"), nb::arg("x"), nb::arg("y"), nb::arg("tier"), nb::arg("int8") = true, nb::call_guard<nb::gil_scoped_release>(),
+        "y (tokens, rows) = x (tokens, cols) W^T by the kernel of a tier; int8: inputs of quantised weights are rounded");
   m.def("apply_rows", &apply_rows, nb::arg("name"), nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("eps"), nb::arg("y"), nb::arg("tier"),
         "rms_norm, layer_norm, silu, gelu, gelu_tanh or relu of each row, by a tier's kernel");
   m.def("quantised_kernels", [] {

@@ -38,7 +38,7 @@ Pages& Pages::operator=(Pages&& other) noexcept {
 
 MatmulKernel Session::kernel_for(const Linear& linear) const {
   if (!linear.present()) return nullptr;
-  MatmulKernel kernel = kernels_.matmul(linear.weight.format);
+  MatmulKernel kernel = kernels_.matmul(linear.weight.format, linear.int8_inputs());
   if (kernel == nullptr) throw std::invalid_argument("a weight has a packed format without a matmul kernel");
   return kernel;
 }

@@ -113,6 +113,12 @@ static inline Codes look_up(Codes t, Codes index) {
   return {_mm256_shuffle_epi8(t.a, index.a), _mm256_shuffle_epi8(t.b, index.b)};
 }
 
+static inline __m256 byte8(__m256i codes, int j) {
+  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(codes, 8 * j), _mm256_set1_epi32(255)));
+}
+// Byte j of the four that each lane holds.
+static inline Floats byte_of(Codes x, int j) { return {byte8(x.a, j), byte8(x.b, j)}; }
+
 static inline __m256i spread4(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);

@@ -83,6 +83,11 @@ static inline Codes table(const uint8_t* p) {
 }
 static inline Codes look_up(Codes t, Codes index) { return {_mm512_shuffle_epi8(t.v, index.v)}; }
 
+// Byte j of the four that each lane holds.
+static inline Floats byte_of(Codes a, int j) {
+  return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(a.v, static_cast<unsigned>(8 * j)), _mm512_set1_epi32(255)))};
+}
+
 static inline __m512i spread4(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);

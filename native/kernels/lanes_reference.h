@@ -88,6 +88,9 @@ static inline Codes shift_left(Codes a, int n) { return each_code([&](int i) { r
 static inline Codes table(const uint8_t* p) { return each_code([=](int i) { return p[i % 16]; }); }
 static inline Codes look_up(Codes t, Codes index) { return each_code([&](int i) { return t.v[index.v[i]]; }); }
 
+// Byte j of the four that each lane holds.
+static inline Floats byte_of(Codes a, int j) { return each([&](int i) { return static_cast<float>(a.v[4 * i + j]); }); }
+
 // sum + codes . x over four inputs.
 static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) {
   return each_int([&](int i) {

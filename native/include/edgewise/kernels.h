@@ -67,7 +67,8 @@ inline constexpr size_t kAttentionScratch = kMaxQueries * kChunk + kLanes * kMax
 
 struct Kernels {
   Tier tier;
-  MatmulKernel (*matmul)(const PackedFormat& format);  // null for a format without a kernel
+  // Null for a format without a kernel. Unquantised weights take float inputs whatever is asked.
+  MatmulKernel (*matmul)(const PackedFormat& format, bool int8_inputs);
   RowKernels rows;
   AttentionKernels attention;
 };
@@ -77,7 +78,7 @@ const Kernels& kernels(Tier tier);
 
 #define EDGEWISE_DECLARE_TIER(name)                            \
   namespace name {                                             \
-  MatmulKernel matmul_kernel(const PackedFormat& format);      \
+  MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs); \
   RowKernels row_kernels();                                    \
   AttentionKernels attention_kernels();                        \
   }

@@ -15,7 +15,8 @@ struct Linear {
   size_t rows() const { return weight.rows; }
   size_t cols() const { return weight.cols; }
   bool present() const { return weight.data != nullptr; }
-  bool int8_inputs() const { return weight.format.quantised(); }
+  bool int8 = true;  // inputs are rounded to int8 per 32, where the weight is quantised
+  bool int8_inputs() const { return int8 && weight.format.quantised(); }
 };
 
 struct Norm {

@@ -44,7 +44,7 @@ void quantised_scores(const AttentionTask& task, size_t first_tile, size_t last_
   keys.cols = x.cols;
   keys.data = task.keys;
   keys.panel_nbytes = task.layout->key_tile_nbytes();
-  const MatmulKernel kernel = matmul_kernel(keys.format);
+  const MatmulKernel kernel = matmul_kernel(keys.format, true);
   float out[kMaxQueries * kLanes];
   for (size_t tile = first_tile; tile < last_tile; ++tile) {
     kernel(keys, tile, x, 0, 0, task.queries, out);

@@ -100,70 +100,95 @@ inline Ints dot(const Codes* c, const int8_t* x, int32_t negated_sum) {
   return sum;
 }
 
+// Scales and minima of the block at hand, for its two halves (equal where one scale covers the block).
+struct Scales {
+  Floats low, high, min_low, min_high;
+};
+
+// Walks the records of a panel: head() at the start of each, then scales() and codes for each block of it.
+template <class F>
+struct PanelReader {
+  const PackedFormat& format;
+  size_t per_record, scale_nbytes, header, block_nbytes;
+  const uint8_t* p;
+  const uint8_t* record = nullptr;
+  Floats super{}, super_min{};
+
+  explicit inline PanelReader(const PackedFormat& f, const uint8_t* panel)
+      : format(f), per_record(f.record_inputs / kBlock), scale_nbytes(kLanes * f.scale_nbytes()), header(f.header_nbytes()),
+        block_nbytes(f.block_nbytes()), p(panel) {}
+
+  inline void head() {
+    record = p;
+    p += header;
+    if constexpr (F::Nested) {
+      super = load_half(reinterpret_cast<const uint16_t*>(record));
+      if constexpr (F::kKind == Kind::Minimum) super_min = load_half(reinterpret_cast<const uint16_t*>(record + 32));
+    } else if constexpr (!F::Halves) {
+      super = load_scale(record, format.scale);
+      if constexpr (F::kKind == Kind::Minimum) super_min = load_scale(record + scale_nbytes, format.scale);
+    }
+  }
+
+  // b: of the block within its record.
+  inline Scales scales(size_t b) const {
+    constexpr size_t subs = F::Halves ? 2 : 1;
+    Scales s{super, super, super_min, super_min};
+    if constexpr (F::Nested) {
+      const uint8_t* sub = record + (F::kKind == Kind::Minimum ? 64 : 32) + b * subs * kLanes;
+      s.low = mul(load_int8(reinterpret_cast<const int8_t*>(sub)), super);
+      s.high = F::Halves ? mul(load_int8(reinterpret_cast<const int8_t*>(sub + kLanes)), super) : s.low;
+      if constexpr (F::kKind == Kind::Minimum) {
+        const uint8_t* m = sub + per_record * subs * kLanes;
+        s.min_low = mul(load_uint8(m), super_min);
+        s.min_high = F::Halves ? mul(load_uint8(m + kLanes), super_min) : s.min_low;
+      }
+    } else if constexpr (F::Halves) {
+      const uint8_t* at = record + b * 2 * scale_nbytes;
+      s.low = load_scale(at, format.scale);
+      s.high = load_scale(at + scale_nbytes, format.scale);
+      if constexpr (F::kKind == Kind::Minimum) {
+        const uint8_t* m = at + per_record * 2 * scale_nbytes;
+        s.min_low = load_scale(m, format.scale);
+        s.min_high = load_scale(m + scale_nbytes, format.scale);
+      }
+    }
+    return s;
+  }
+
+  inline void codes(Codes* c) {
+    unpack<F::Bits>(p, c);
+    p += block_nbytes;
+  }
+};
+
+inline Codes centred_table(const PackedFormat& format) {
+  uint8_t bytes[16];
+  for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(format.table[i] + 128);
+  return table(bytes);
+}
+
 template <class F, int Tokens>
 inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activations& x, size_t tile, size_t slot,
                        float* out) {
-  const PackedFormat& format = w.format;
   const size_t blocks = x.blocks(), slots = x.slots;
-  const size_t per_record = format.record_inputs / kBlock;
-  const size_t scale_nbytes = kLanes * format.scale_nbytes();
-  const size_t header = format.header_nbytes(), block_nbytes = format.block_nbytes();
-  const size_t subs = F::Halves ? 2 : 1;
-  Codes centred;
-  if constexpr (F::kKind == Kind::Table) {
-    uint8_t bytes[16];
-    for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(format.table[i] + 128);
-    centred = table(bytes);
-  }
+  PanelReader<F> reader(w.format, p);
+  Codes centred{};
+  if constexpr (F::kKind == Kind::Table) centred = centred_table(w.format);
 
   Floats sum[Tokens];
   for (int t = 0; t < Tokens; ++t) sum[t] = zero();
 
-  for (size_t first_block = 0; first_block < blocks; first_block += per_record) {
-    const uint8_t* head = p;
-    p += header;
-    const size_t last = first_block + per_record < blocks ? first_block + per_record : blocks;
-    Floats super{}, super_min{};
-    const uint8_t* sub = nullptr;
-    if constexpr (F::Nested) {
-      super = load_half(reinterpret_cast<const uint16_t*>(head));
-      sub = head + 32;
-      if constexpr (F::kKind == Kind::Minimum) {
-        super_min = load_half(reinterpret_cast<const uint16_t*>(head + 32));
-        sub = head + 64;
-      }
-    } else if constexpr (!F::Halves) {
-      super = load_scale(head, format.scale);
-      if constexpr (F::kKind == Kind::Minimum) super_min = load_scale(head + scale_nbytes, format.scale);
-    }
-
-    for (size_t b = first_block; b < last; ++b, p += block_nbytes) {
-      for (size_t line = 0; line < block_nbytes; line += 64) prefetch(p + line + 8 * block_nbytes);
+  for (size_t first_block = 0; first_block < blocks; first_block += reader.per_record) {
+    reader.head();
+    const size_t last = first_block + reader.per_record < blocks ? first_block + reader.per_record : blocks;
+    for (size_t b = first_block; b < last; ++b) {
+      for (size_t line = 0; line < reader.block_nbytes; line += 64) prefetch(reader.p + line + 8 * reader.block_nbytes);
+      const Scales scales = reader.scales(b - first_block);
       Codes c[8];
-      unpack<F::Bits>(p, c);
+      reader.codes(c);
       if constexpr (F::kKind == Kind::Table)
         for (int i = 0; i < 8; ++i) c[i] = look_up(centred, c[i]);
-
-      Floats scale_low = super, scale_high = super, min_low = super_min, min_high = super_min;
-      if constexpr (F::Nested) {
-        const uint8_t* s = sub + (b - first_block) * subs * kLanes;
-        scale_low = mul(load_int8(reinterpret_cast<const int8_t*>(s)), super);
-        if constexpr (F::Halves) scale_high = mul(load_int8(reinterpret_cast<const int8_t*>(s + kLanes)), super);
-        if constexpr (F::kKind == Kind::Minimum) {
-          const uint8_t* m = sub + (per_record + (b - first_block)) * subs * kLanes;
-          min_low = mul(load_uint8(m), super_min);
-          if constexpr (F::Halves) min_high = mul(load_uint8(m + kLanes), super_min);
-        }
-      } else if constexpr (F::Halves) {
-        const uint8_t* s = head + (b - first_block) * 2 * scale_nbytes;
-        scale_low = load_scale(s, format.scale);
-        scale_high = load_scale(s + scale_nbytes, format.scale);
-        if constexpr (F::kKind == Kind::Minimum) {
-          const uint8_t* m = s + per_record * 2 * scale_nbytes;
-          min_low = load_scale(m, format.scale);
-          min_high = load_scale(m + scale_nbytes, format.scale);
-        }
-      }
 
       const size_t at = (tile * blocks + b) * slots + slot;
       // Unrolled whole, so that the sums stay in registers.
@@ -175,26 +200,68 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
           const int32_t low = x.negated_sum_low[at + t];
           Ints d0 = dot<F, 0, 4>(c, q, low);
           Ints d1 = dot<F, 4, 8>(c, q, x.negated_sum[at + t] - low);
-          sum[t] = fma(to_floats(d0), mul(scale_low, step), sum[t]);
-          sum[t] = fma(to_floats(d1), mul(scale_high, step), sum[t]);
+          sum[t] = fma(to_floats(d0), mul(scales.low, step), sum[t]);
+          sum[t] = fma(to_floats(d1), mul(scales.high, step), sum[t]);
           if constexpr (F::kKind == Kind::Minimum) {
             // The minima of K-quants are subtracted, those of plain formats added.
             const Floats low_sum = set1(x.sum_low[at + t]), high_sum = set1(x.sum_high[at + t]);
-            sum[t] = F::Nested ? fnma(min_low, low_sum, sum[t]) : fma(min_low, low_sum, sum[t]);
-            sum[t] = F::Nested ? fnma(min_high, high_sum, sum[t]) : fma(min_high, high_sum, sum[t]);
+            sum[t] = F::Nested ? fnma(scales.min_low, low_sum, sum[t]) : fma(scales.min_low, low_sum, sum[t]);
+            sum[t] = F::Nested ? fnma(scales.min_high, high_sum, sum[t]) : fma(scales.min_high, high_sum, sum[t]);
           }
         } else {
           Ints d = dot<F, 0, 8>(c, q, x.negated_sum[at + t]);
-          sum[t] = fma(to_floats(d), mul(scale_low, step), sum[t]);
+          sum[t] = fma(to_floats(d), mul(scales.low, step), sum[t]);
           if constexpr (F::kKind == Kind::Minimum) {
             const Floats total = set1(x.sum[at + t]);
-            sum[t] = F::Nested ? fnma(min_low, total, sum[t]) : fma(min_low, total, sum[t]);
+            sum[t] = F::Nested ? fnma(scales.min_low, total, sum[t]) : fma(scales.min_low, total, sum[t]);
           }
         }
       }
     }
   }
   for (int t = 0; t < Tokens; ++t) store(out + kLanes * t, sum[t]);
+}
+
+// The same weights on float inputs: each value is made as the file's own decoder makes it, then multiplied.
+template <class F, int Tokens>
+inline void decoded_tile(const PackedMatrix& w, const uint8_t* p, const float* x, size_t slots, float* out) {
+  PanelReader<F> reader(w.format, p);
+  const size_t blocks = (w.cols + kBlock - 1) / kBlock;
+  constexpr bool table_codes = F::kKind == Kind::Table;
+  Codes centred{};
+  if constexpr (table_codes) centred = centred_table(w.format);
+  const Floats centre = set1(table_codes ? 128.0f : F::kKind == Kind::Symmetric ? static_cast<float>(1 << (F::Bits - 1)) : 0.0f);
+  Floats sum[Tokens];
+  for (int t = 0; t < Tokens; ++t) sum[t] = zero();
+  for (size_t b = 0; b < blocks; ++b) {
+    if (b % reader.per_record == 0) reader.head();
+    const Scales scales = reader.scales(b % reader.per_record);
+    Codes c[8];
+    reader.codes(c);
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (table_codes) c[i] = look_up(centred, c[i]);
+      const Floats scale = i < 4 ? scales.low : scales.high, min = i < 4 ? scales.min_low : scales.min_high;
+      for (int j = 0; j < 4; ++j) {
+        const size_t k = b * kBlock + static_cast<size_t>(4 * i + j);
+        if (k >= w.cols) break;
+        Floats value = mul(scale, sub(byte_of(c[i], j), centre));
+        if constexpr (F::kKind == Kind::Minimum) value = F::Nested ? sub(value, min) : add(value, min);
+#pragma GCC unroll 16
+        for (int t = 0; t < Tokens; ++t) sum[t] = fma(value, set1(x[k * slots + t]), sum[t]);
+      }
+    }
+  }
+  for (int t = 0; t < Tokens; ++t) store(out + kLanes * t, sum[t]);
+}
+
+template <class F>
+void decoded_panel(const PackedMatrix& w, size_t panel, const Activations& x, size_t tile, size_t slot, size_t count,
+                   float* out) {
+  const uint8_t* p = w.panel(panel);
+  const float* f = x.f + tile * x.padded() * x.slots + slot;
+  size_t t = 0;
+  for (; t + 4 <= count; t += 4) decoded_tile<F, 4>(w, p, f + t, x.slots, out + kLanes * t);
+  for (; t < count; ++t) decoded_tile<F, 1>(w, p, f + t, x.slots, out + kLanes * t);
 }
 
 template <class F>
@@ -243,7 +310,7 @@ void float_panel(const PackedMatrix& w, size_t panel, const Activations& x, size
 
 }  // namespace
 
-MatmulKernel matmul_kernel(const PackedFormat& format) {
+MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs) {
   switch (format.element) {
     case Element::Float32: return &float_panel<Element::Float32>;
     case Element::Float16: return &float_panel<Element::Float16>;
@@ -252,9 +319,10 @@ MatmulKernel matmul_kernel(const PackedFormat& format) {
   }
   const Kind kind = format.element == Element::Table ? Kind::Table : format.has_min ? Kind::Minimum : Kind::Symmetric;
   const bool nested = format.scale == ScaleType::Nested, halves = format.sub_group == 16;
-#define EDGEWISE_MATMUL(bits_, kind_, nested_, halves_)                                             \
-  if (format.bits == bits_ && kind == Kind::kind_ && nested == nested_ && halves == halves_)        \
-    return &quantised_panel<Format<bits_, Kind::kind_, nested_, halves_>>;
+#define EDGEWISE_MATMUL(bits_, kind_, nested_, halves_)                                                       \
+  if (format.bits == bits_ && kind == Kind::kind_ && nested == nested_ && halves == halves_)                  \
+    return int8_inputs ? &quantised_panel<Format<bits_, Kind::kind_, nested_, halves_>>                       \
+                       : &decoded_panel<Format<bits_, Kind::kind_, nested_, halves_>>;
 #include "kernels/matmul/kernels.inc"
 #undef EDGEWISE_MATMUL
   return nullptr;

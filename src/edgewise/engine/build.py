@@ -35,7 +35,8 @@ def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any
         return packed.matrices[names[id(stored)]]
 
     def linear(source: Linear) -> Any:
-        return _core.Linear(matrix(source.weight), None if source.bias is None else _floats(source.bias))
+        bias = None if source.bias is None else _floats(source.bias)
+        return _core.Linear(matrix(source.weight), bias, source.activation == "int8")
 
     model = _core.Model(plan.hidden, plan.vocab, plan.context)
     model.set_embedding(_core.Linear(matrix(plan.embedding.weight)), plan.embedding_scale)
