@@ -98,7 +98,7 @@ def checkpoint(tensors: Mapping[str, Stored]) -> Checkpoint:
 
 def same(left: Any, right: Any) -> None:
     """Equal to the bit, field by field, whatever nests in what."""
-    assert type(left) is type(right)
+    assert type(left) is type(right) or (isinstance(left, QuantizedTensor) and isinstance(right, QuantizedTensor))
     if isinstance(left, np.ndarray):
         assert left.dtype == right.dtype
         assert left.shape == right.shape
@@ -118,6 +118,9 @@ def test_round_trip_is_exact_and_of_the_promised_size(tmp_path: Path, name: str)
     same(back.tensors["w"], tensor)
     assert back.tensors["w"].nbytes == tensor.nbytes
     assert np.array_equal(back.tensors["w"].dense(), tensor.dense())
+    if isinstance(tensor, QuantizedTensor):
+        same(back.tensors["w"].rows(1, 3), tensor.rows(1, 3))
+        assert np.array_equal(tensor.rows(1, 3).dense(), tensor.dense()[1:3])
     file = SafetensorsFile(tmp_path / "m" / "model.safetensors")
     stored = sum(entry.nbytes for key, entry in file.items() if key != "plain")
     assert stored == tensor.nbytes

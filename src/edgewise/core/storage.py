@@ -103,6 +103,15 @@ class QuantizedTensor(_MatmulByDense):
     def nbytes(self) -> int:
         return self.format.nbytes(self.shape)
 
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Rows start to stop as a tensor of their own."""
+        def part(values: Array) -> Array:
+            return values if self.format.granularity.kind == "tensor" else values[start:stop]
+
+        return QuantizedTensor(self.codes[start:stop], part(self.scales), self.format,
+                               zeros=None if self.zeros is None else part(self.zeros),
+                               minima=None if self.minima is None else part(self.minima))
+
     def dense(self) -> Float32:
         return dequantize(self.codes, self.scales, self.format, zeros=self.zeros, minima=self.minima)
 

@@ -32,6 +32,10 @@ LAYOUT_VERSION = 1
 """Of the packed form: part of every cache key, raised whenever packed.h changes what the bytes mean."""
 
 _ALIGN_BYTES = 4096
+_PANEL_ROWS = 16
+"""Rows that are interleaved; panels follow each other."""
+_SLAB_VALUES = 1 << 21
+"""Codes unpacked at a time while packing."""
 _FP4_TABLE = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
 """Values of E2M1 doubled, by code: integers, so that the dot product is exact."""
 
@@ -137,19 +141,30 @@ def _quantised(stored: QuantizedTensor) -> Recipe | None:
         return None
 
     def write(out: Bytes) -> None:
-        codes = (stored.codes.astype(np.int16) + layout.shift).astype(np.uint8)
-        scales = np.ascontiguousarray(np.broadcast_to(stored.scales * np.float32(layout.scale_factor), _groups(stored)),
-                                      np.float32)
-        minima = np.zeros((1, 1), np.float32)
-        if fmt.zero == "min":
-            assert stored.minima is not None
-            minima = np.ascontiguousarray(np.broadcast_to(stored.minima, _groups(stored)), np.float32)
-        elif fmt.zero == "int":
-            assert stored.zeros is not None
-            minima = np.ascontiguousarray(np.broadcast_to(-stored.zeros, _groups(stored)) * scales, np.float32)
-        _core.pack_codes(layout.native, codes, scales, minima, layout.group, out)
+        step = max(1, _SLAB_VALUES // cols // _PANEL_ROWS) * _PANEL_ROWS
+        begin = 0
+        for start in range(0, rows, step):
+            part = stored.rows(start, min(start + step, rows))
+            end = begin + layout.native.nbytes(part.shape[0], cols)
+            _write_codes(part, layout, out[begin:end])
+            begin = end
 
     return Recipe(layout.native, rows, cols, layout.native.nbytes(rows, cols), write)
+
+
+def _write_codes(stored: QuantizedTensor, layout: _Layout, out: Bytes) -> None:
+    """Whole panels of rows, or the last rows of a weight."""
+    zero = stored.format.zero
+    codes = np.ascontiguousarray(stored.codes).view(np.uint8) + np.uint8(layout.shift)
+    scales = np.ascontiguousarray(np.broadcast_to(stored.scales * np.float32(layout.scale_factor), _groups(stored)),
+                                  np.float32)
+    minima = np.zeros((1, 1), np.float32)
+    if zero == "min":
+        minima = np.ascontiguousarray(np.broadcast_to(stored.minima, _groups(stored)), np.float32)  # type: ignore[arg-type]
+    elif zero == "int":
+        assert stored.zeros is not None
+        minima = np.ascontiguousarray(np.broadcast_to(-stored.zeros, _groups(stored)) * scales, np.float32)
+    _core.pack_codes(layout.native, codes, scales, minima, layout.group, out)
 
 
 def _groups(stored: QuantizedTensor) -> tuple[int, int]:
@@ -239,16 +254,19 @@ def _write_cache(path: Path, recipes: Mapping[str, Recipe], offsets: Mapping[str
         with mmap.mmap(file.fileno(), total) as region:
             buffer = np.frombuffer(region, np.uint8)
             try:
-                _fill(buffer, recipes, offsets, total, progress)
+                # Pages already written go back to the file: the source is mapped as well, and both would count.
+                _fill(buffer, recipes, offsets, total, progress, lambda: region.madvise(mmap.MADV_DONTNEED))
             finally:
                 del buffer  # the map cannot be closed while an array looks into it
 
 
 def _fill(buffer: Bytes, recipes: Mapping[str, Recipe], offsets: Mapping[str, int], total: int,
-          progress: Callable[[str, int, int], None] | None) -> None:
+          progress: Callable[[str, int, int], None] | None, written: Callable[[], None] | None = None) -> None:
     for name, recipe in recipes.items():
         start = offsets[name]
         recipe.write(buffer[start:start + recipe.nbytes])
+        if written is not None:
+            written()
         if progress is not None:
             progress("packing weights", start + recipe.nbytes, total)
 

@@ -52,6 +52,8 @@ def _rows(stored: Stored, start: int, stop: int) -> Float32:
         return Blocks(stored.raw[start:stop], stored.codec, (stop - start, *stored.shape[1:])).dense()
     if isinstance(stored, Dense):
         return Dense(stored.data[start:stop], stored.number).dense()
+    if isinstance(stored, QuantizedTensor):
+        return stored.rows(start, stop).dense()
     return stored.dense()[start:stop]
 
 

@@ -35,7 +35,7 @@ def _move_rows(stored: Stored, move: Callable[[Array], Array]) -> Stored:
         def moved(rows: Array) -> Array:
             return np.ascontiguousarray(move(rows)).reshape(rows.shape)
 
-        return replace(stored, codes=moved(stored.codes), scales=moved(stored.scales),
-                       zeros=None if stored.zeros is None else moved(stored.zeros),
-                       minima=None if stored.minima is None else moved(stored.minima))
+        return QuantizedTensor(moved(stored.codes), moved(stored.scales), stored.format,
+                               zeros=None if stored.zeros is None else moved(stored.zeros),
+                               minima=None if stored.minima is None else moved(stored.minima))
     return Dense(np.ascontiguousarray(move(stored.dense())).reshape(stored.shape))

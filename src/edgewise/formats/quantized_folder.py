@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -359,6 +359,36 @@ def _decode(name: str, description: Mapping[str, Any], files: TensorFiles, codec
     return _decode_csr(name, (shape[0], shape[1]), values, files)
 
 
+class PackedTensor(QuantizedTensor):
+    """A QuantizedTensor that stays packed in its file: its fields are unpacked anew each time they are asked for.
+
+    Codes take a byte each once unpacked, so that a model of 4 bits held as arrays would take twice its file.
+    fields: from a range of rows to the values of a field; one that the format does not have is None.
+    """
+
+    def __init__(self, fmt: QuantFormat, shape: tuple[int, int],
+                 fields: Mapping[str, Callable[[int, int], Array]]) -> None:
+        object.__setattr__(self, "format", fmt)
+        object.__setattr__(self, "_shape", shape)
+        object.__setattr__(self, "_fields", fields)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("codes", "scales", "zeros", "minima"):
+            field = self._fields.get(name)
+            return None if field is None else field(0, self._shape[0])
+        return object.__getattribute__(self, name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._shape)
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Only these rows are unpacked."""
+        made = {name: field(start, stop) for name, field in self._fields.items()}
+        return QuantizedTensor(made["codes"], made["scales"], self.format, zeros=made.get("zeros"),
+                               minima=made.get("minima"))
+
+
 def _decode_quantized(name: str, fmt: QuantFormat, shape: tuple[int, int], files: TensorFiles) -> QuantizedTensor:
     rows, inputs = shape
     bits = fmt.element.bits
@@ -368,29 +398,43 @@ def _decode_quantized(name: str, fmt: QuantFormat, shape: tuple[int, int], files
         _expect(inputs % group == 0, f"rows that are a multiple of {group}", shape)
         width = (inputs // group * kept * (bits + _place_bits(group)) + 7) // 8
         codes = _unpack_n_m(_raw(files, f"{name}.codes", "U8", (rows, width)), shape, fmt)
-    else:
-        packed = _raw(files, f"{name}.codes", "U8", (rows, (inputs * bits + 7) // 8))
-        codes = unpack_bits(packed, inputs, bits, signed=_code_signed(fmt.element))
-    tensor = QuantizedTensor(codes, _decode_scales(files, f"{name}.scales", fmt, shape), fmt)
+        return QuantizedTensor(codes, _decode_scales(files, f"{name}.scales", fmt, shape), fmt)
+    packed = _raw(files, f"{name}.codes", "U8", (rows, (inputs * bits + 7) // 8))
+
+    fields: dict[str, Callable[[int, int], Array]] = {
+        "codes": lambda start, stop: unpack_bits(packed[start:stop], inputs, bits, signed=_code_signed(fmt.element)),
+        "scales": lambda start, stop: _decode_scales(files, f"{name}.scales", fmt, shape, start, stop)}
     if fmt.zero == "min":
-        return replace(tensor, minima=_decode_scales(files, f"{name}.minima", fmt, shape))
-    if fmt.zero == "int":
+        fields["minima"] = lambda start, stop: _decode_scales(files, f"{name}.minima", fmt, shape, start, stop)
+    elif fmt.zero == "int":
         places = _scales_shape(fmt, shape)
         count = math.prod(places)
-        packed = _raw(files, f"{name}.zeros", "U8", ((count * bits + 7) // 8,)).reshape(1, -1)
-        return replace(tensor, zeros=unpack_bits(packed, count, bits).astype(np.float32).reshape(places))
-    return tensor
+        zeros = _raw(files, f"{name}.zeros", "U8", ((count * bits + 7) // 8,)).reshape(1, -1)
+
+        def zeros_of(start: int, stop: int) -> Array:
+            every = unpack_bits(zeros, count, bits).astype(np.float32).reshape(places)
+            return every if places == (1, 1) else every[start:stop]
+
+        fields["zeros"] = zeros_of
+    # What is wrong with a file is said when a tensor is opened, not when it is used.
+    for field in fields.keys() - {"codes"}:
+        fields[field](0, rows)
+    return PackedTensor(fmt, shape, fields)
 
 
-def _decode_scales(files: TensorFiles, entry: str, fmt: QuantFormat, shape: tuple[int, int]) -> NDArray[np.float32]:
+def _decode_scales(files: TensorFiles, entry: str, fmt: QuantFormat, shape: tuple[int, int],
+                   start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+    """start, stop: the rows wanted, where rows have scales of their own."""
     number = fmt.scale
     assert isinstance(number, NumberFormat)  # format_from_json makes no other
     dtype = _DENSE_DTYPE.get(number) or ("F8_E8M0" if number == E8M0 else "U8" if number.bits <= 8 else "U16")
     raw = _raw(files, entry, dtype, _scales_shape(fmt, shape))
+    if fmt.granularity.kind != "tensor":
+        raw = raw[start:stop]
     values = raw.astype(np.float32) if number in (FP32, FP16) else number.decode(raw)
     if not np.isfinite(values).all():
-        row, group = np.argwhere(~np.isfinite(values))[0]
-        raise FormatError(f"{entry.rsplit('.', 1)[1]}[{row}, {group}] is {values[row, group]}",
+        row, group = np.argwhere(~np.isfinite(values))[0] + np.array([start, 0])
+        raise FormatError(f"{entry.rsplit('.', 1)[1]}[{row}, {group}] is {values[row - start, group]}",
                           path=files.home(entry).path, tensor=entry, offset=files[entry].begin)
     return values
 
