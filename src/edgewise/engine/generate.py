@@ -144,11 +144,12 @@ class Generation:
             started = time.perf_counter()
             choice = model.session.generate(0, sampler, 1, [])[0]
             self.decode_s += time.perf_counter() - started
-            model._cached_ids[:] = (prompt + self.ids)[:model.session.length(0)]
             if choice.token in ends:
                 self.finish_reason = "stop"
                 break
             self.ids.append(choice.token)
+            # One more than the sequence holds until the next step feeds it; _prefill looks at the sequence's length.
+            model._cached_ids.append(choice.token)
             text, stopped = matcher.push(stream.push(choice.token)) if stream is not None else ("", False)
             self.text += text
             yield Token(choice.token, text, choice.logprob, tuple(choice.alternatives))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import BudgetError, InvalidValueError, notice
 from edgewise.core.numbers import QuantFormat, quantize
-from edgewise.core.storage import QuantizedTensor, Stored
+from edgewise.core.storage import QuantizedTensor
 from edgewise.data.chat import chat_template_of
 from edgewise.data.tokenizer import Tokenizer, tokenizer_of
 from edgewise.engine.archs import plan_of
@@ -19,7 +20,7 @@ from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel
 from edgewise.engine.packing import layout_of, pack_all, recipe_of, unique
-from edgewise.engine.plan import Layer, Linear, Plan
+from edgewise.engine.plan import Activation, Layer, Linear, Plan, layer_with
 from edgewise.formats.cache import files_key
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.machine import usable_cores
@@ -33,7 +34,8 @@ SMALLEST_CONTEXT = 256
 
 
 def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None, memory_bytes: int | None = None,
-         threads: int | None = None, context: int | None = None, kv: str | None = None, *, batch: int | None = None,
+         threads: int | None = None, context: int | None = None, kv: str | None = None, *,
+         activations: Activation | None = None, batch: int | None = None,
          slots: int = 1, cache: bool = True, offline: bool | None = None,
          progress: Progress | None = None) -> LanguageModel:
     """Open a model by path, short name, hub repository or wheel, ready to run.
@@ -43,17 +45,19 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     A model that `edgewise fit` wrote brings its own kv, and its context and memory where neither is given.
     threads: physical cores that this process may use, by default. context: positions, at most the model's own.
     kv: "fp16" (default), "int8", "int4" or "fp32"; an encoder keeps float32. slots: sequences held at a time.
+    activations: "float32" runs quantised weights on float inputs, slower and without the rounding of "int8".
     cache: map weights packed by an earlier start. Raises SourceError, FormatError, UnsupportedError, BudgetError.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         os.fspath(source), offline=offline, progress=progress)
     return model_of(checkpoint, format=format, memory_bytes=memory_bytes, threads=threads, context=context, kv=kv,
-                    batch=batch, slots=slots, cache=cache, progress=progress)
+                    activations=activations, batch=batch, slots=slots, cache=cache, progress=progress)
 
 
 def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None, memory_bytes: int | None = None,
-             threads: int | None = None, context: int | None = None, kv: str | None = None, batch: int | None = None,
-             slots: int = 1, cache: bool = True, progress: Progress | None = None) -> LanguageModel:
+             threads: int | None = None, context: int | None = None, kv: str | None = None,
+             activations: Activation | None = None, batch: int | None = None, slots: int = 1, cache: bool = True,
+             progress: Progress | None = None) -> LanguageModel:
     """As `load`, from a Checkpoint at hand."""
     if threads is not None and not 1 <= threads <= 256:
         raise InvalidValueError(f"threads is 1 to 256; given {threads}")
@@ -65,6 +69,16 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     plan = plan_of(checkpoint)
     if format is not None:
         plan = requantised(plan, QuantFormat.parse(format) if isinstance(format, str) else format)
+    if activations is not None:
+        if activations not in get_args(Activation):
+            raise InvalidValueError(f"activations are {' or '.join(get_args(Activation))}; given {activations!r}")
+        chosen = activations
+
+        def running(source: Linear) -> Linear:
+            return replace(source, activation=chosen)
+
+        plan = replace(plan, layers=tuple(layer_with(layer, running) for layer in plan.layers),
+                       head=None if plan.head is None else running(plan.head))
     encoder = plan.kind == "encoder"
     fitted = fitted_run(checkpoint)
     kv = kv or fitted.kv or ("fp32" if encoder else "fp16")
@@ -108,24 +122,13 @@ def requantised(plan: Plan, fmt: QuantFormat) -> Plan:
     """Every linear of the layers rounded to nearest under `fmt`; embedding and head stay as stored."""
     notice("info", f"weights requantised to {fmt} by rounding to nearest", where="load")
 
-    def rounded(stored: Stored) -> QuantizedTensor:
-        codes, scales, zero = quantize(np.asarray(stored.dense()), fmt)
-        return QuantizedTensor(codes, scales, fmt, zeros=zero if fmt.zero == "int" else None,
-                               minima=zero if fmt.zero == "min" else None)
+    def rounded(source: Linear) -> Linear:
+        codes, scales, zero = quantize(np.asarray(source.weight.dense()), fmt)
+        weight = QuantizedTensor(codes, scales, fmt, zeros=zero if fmt.zero == "int" else None,
+                                 minima=zero if fmt.zero == "min" else None)
+        return replace(source, weight=weight, activation="int8")
 
-    def linear(source: Linear) -> Linear:
-        return replace(source, weight=rounded(source.weight), activation="int8")
-
-    def layer_rounded(layer: Layer) -> Layer:
-        attention, ffn = layer.attention, layer.feed_forward
-        return replace(
-            layer,
-            attention=replace(attention, q=linear(attention.q), k=linear(attention.k), v=linear(attention.v),
-                              o=linear(attention.o)),
-            feed_forward=replace(ffn, gate=None if ffn.gate is None else linear(ffn.gate), up=linear(ffn.up),
-                                 down=linear(ffn.down)))
-
-    return replace(plan, layers=tuple(layer_rounded(layer) for layer in plan.layers))
+    return replace(plan, layers=tuple(layer_with(layer, rounded) for layer in plan.layers))
 
 
 @dataclass(frozen=True)

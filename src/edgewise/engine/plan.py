@@ -6,7 +6,8 @@ Every layer carries its own shapes; every linear its own storage and activation 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from edgewise.core.storage import Stored
 
-__all__ = ["Activation", "Attention", "AttentionPolicy", "FeedForward", "Layer", "Linear", "Norm", "Plan", "Rope"]
+__all__ = ["Activation", "Attention", "AttentionPolicy", "FeedForward", "Layer", "Linear", "Norm", "Plan", "Rope",
+           "layer_with"]
 
 Float32 = NDArray[np.float32]
 Activation = Literal["int8", "float32"]
@@ -125,3 +127,14 @@ class Plan:
     embedding_norm: Norm | None = None
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
+
+
+def layer_with(layer: Layer, change: Callable[[Linear], Linear]) -> Layer:
+    """The layer with every linear changed."""
+    attention, ffn = layer.attention, layer.feed_forward
+    return replace(
+        layer,
+        attention=replace(attention, q=change(attention.q), k=change(attention.k), v=change(attention.v),
+                          o=change(attention.o)),
+        feed_forward=replace(ffn, gate=None if ffn.gate is None else change(ffn.gate), up=change(ffn.up),
+                             down=change(ffn.down)))
