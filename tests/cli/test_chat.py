@@ -20,11 +20,11 @@ from edgewise.engine.conversation import Conversation
 
 
 def chat(model, lines, *args):
-    return CliRunner().invoke(app, ["chat", str(model), "-n", "8", *map(str, args)], input=lines)
+    return CliRunner().invoke(app, ["chat", str(model), "-n", "8", "--threads", "1", *map(str, args)], input=lines)
 
 
 def test_each_line_is_a_turn(tiny):
-    talk = Conversation(load(tiny), GenerationOptions(max_tokens=8, overflow="restart"))
+    talk = Conversation(load(tiny, threads=1), GenerationOptions(max_tokens=8, overflow="restart"))
     expected = "".join("".join(t.text for t in talk.say(line)) + "\n" for line in ("Hello", "More"))
     result = chat(tiny, "Hello\n\nMore\n")
     assert result.exit_code == 0

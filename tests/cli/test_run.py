@@ -19,7 +19,7 @@ from tiny_checkpoint import tiny_checkpoint, tiny_folder
 
 
 def run(*args, **options):
-    return CliRunner().invoke(app, ["run", *map(str, args)], **options)
+    return CliRunner().invoke(app, ["run", "--threads", "1", *map(str, args)], **options)
 
 
 def answer(*args, **options):
@@ -29,7 +29,7 @@ def answer(*args, **options):
 
 
 def test_the_answer_is_that_of_the_library(tiny):
-    model = load(tiny)
+    model = load(tiny, threads=1)
     expected = model.generate("Hello", max_tokens=12).result()
     assert len(expected.ids) == 12
     result = run(tiny, "Hello", "-n", 12)
@@ -81,7 +81,7 @@ def test_raw_continues_the_text_as_it_stands(tiny):
 
 def test_a_system_message_is_part_of_the_prompt(tiny):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    expected = load(tiny).generate(turns, max_tokens=4).result()
+    expected = load(tiny, threads=1).generate(turns, max_tokens=4).result()
     assert answer(tiny, "Hi", "--system", "Be brief.", "-n", 4)["ids"] == expected.ids
 
 
@@ -176,7 +176,7 @@ def test_a_signal_ends_the_process_with_130(tiny):
 # ---- encoders -----------------------------------------------------------------------------------------------------
 
 def test_an_encoder_gives_its_embedding(encoder):
-    expected = load(encoder).embed("a sentence")[0]
+    expected = load(encoder, threads=1).embed("a sentence")[0]
     data = answer(encoder, "a sentence")
     assert data["dimensions"] == 64
     np.testing.assert_array_equal(np.asarray(data["embedding"], np.float32), expected)

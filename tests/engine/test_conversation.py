@@ -23,7 +23,7 @@ from tiny_checkpoint import tiny_checkpoint, tiny_encoder
 
 @pytest.fixture(scope="module")
 def model():
-    return model_of(tiny_checkpoint(context=256), cache=False)
+    return model_of(tiny_checkpoint(context=256), cache=False, threads=1)
 
 
 def talk_with(model, **options):
@@ -43,7 +43,7 @@ def test_a_turn_sees_all_that_was_said_and_reads_only_what_is_new(model):
     assert talk.messages == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first},
                              {"role": "user", "content": "More"}, {"role": "assistant", "content": second}]
     assert talk.last.reused_tokens > 0
-    alone = model_of(tiny_checkpoint(context=256), cache=False)
+    alone = model_of(tiny_checkpoint(context=256), cache=False, threads=1)
     turns = [{"role": "system", "content": "Be brief."}, *talk.messages[:3]]
     assert alone.generate(turns, max_tokens=8).result().text == second
 
@@ -132,7 +132,7 @@ def test_files_that_are_no_conversation(model, tmp_path):
 
 def test_an_encoder_does_not_talk():
     with pytest.raises(UnsupportedError, match="encoder"):
-        Conversation(model_of(tiny_encoder(), cache=False))
+        Conversation(model_of(tiny_encoder(), cache=False, threads=1))
 
 
 @pytest.mark.parametrize(("given", "expected"), [
