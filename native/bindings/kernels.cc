@@ -69,9 +69,8 @@ void check_output(const PackedFormat& format, size_t rows, size_t cols, const Ou
 }
 
 Tier tier_of(const std::string& name) {
-  for (Tier tier : {Tier::Reference, Tier::Avx2, Tier::Avx512})
-    if (name == tier_name(tier)) return tier;
-  throw std::invalid_argument("unknown instruction tier " + name);
+  if (const std::optional<Tier> tier = tier_named(name)) return *tier;
+  throw std::invalid_argument("tier " + name + ": expected " + tier_names());
 }
 
 // x (tokens, cols) W^T -> y (tokens, rows), with `slots` tokens in a tile, on the tier of that name.

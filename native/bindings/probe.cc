@@ -16,13 +16,10 @@ namespace edgewise {
 
 namespace {
 
-constexpr Tier kTiers[] = {Tier::Reference, Tier::Avx2, Tier::Avx512};
-
-Tier tier_named(const std::optional<std::string>& name) {
+Tier tier_of(const std::optional<std::string>& name) {
   if (!name) return tier_in_use();
-  for (Tier tier : kTiers)
-    if (*name == tier_name(tier)) return tier;
-  throw std::invalid_argument("tier " + *name + ": expected reference, avx2 or avx512");
+  if (const std::optional<Tier> tier = tier_named(*name)) return *tier;
+  throw std::invalid_argument("tier " + *name + ": expected " + tier_names());
 }
 
 }  // namespace
@@ -44,20 +41,20 @@ void bind_probe(nb::module_& m) {
   m.def(
       "probe_read",
       [](size_t nbytes, int threads, int repeats, std::optional<std::string> tier) {
-        return probe_read(nbytes, threads, repeats, tier_named(tier));
+        return probe_read(nbytes, threads, repeats, tier_of(tier));
       },
       "nbytes"_a, "threads"_a, "repeats"_a = 5, "tier"_a = nb::none(), Release(),
       "Bytes per second of each pass over nbytes of memory");
   m.def(
       "probe_int8",
       [](int threads, double seconds, std::optional<std::string> tier) {
-        return probe_int8(threads, seconds, tier_named(tier));
+        return probe_int8(threads, seconds, tier_of(tier));
       },
       "threads"_a, "seconds"_a, "tier"_a = nb::none(), Release(), "int8 operations per second, two per multiply-add");
   m.def(
       "probe_fp32",
       [](int threads, double seconds, std::optional<std::string> tier) {
-        return probe_fp32(threads, seconds, tier_named(tier));
+        return probe_fp32(threads, seconds, tier_of(tier));
       },
       "threads"_a, "seconds"_a, "tier"_a = nb::none(), Release(), "fp32 operations per second, two per multiply-add");
 }

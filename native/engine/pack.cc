@@ -8,24 +8,6 @@
 
 namespace edgewise {
 
-size_t PackedFormat::header_nbytes() const {
-  const size_t per_block = kBlock / sub_group;
-  if (scale == ScaleType::Nested) {
-    const size_t subs = record_inputs / kBlock * per_block * kLanes;
-    return (has_min ? 2 : 1) * (2 * kLanes + subs);
-  }
-  const size_t scales = (sub_group == 16 ? record_inputs / 16 : 1) * kLanes;
-  return scales * scale_nbytes() * (has_min ? 2 : 1);
-}
-
-size_t PackedFormat::record_nbytes(size_t blocks) const { return header_nbytes() + blocks * block_nbytes(); }
-
-size_t PackedFormat::panel_nbytes(size_t cols) const {
-  if (!quantised()) return kLanes * cols * (element == Element::Float32 ? 4 : 2);
-  const size_t blocks = (cols + kBlock - 1) / kBlock, per_record = record_inputs / kBlock;
-  return (blocks + per_record - 1) / per_record * header_nbytes() + blocks * block_nbytes();
-}
-
 size_t packed_nbytes(const PackedFormat& format, size_t rows, size_t cols) {
   return (rows + kLanes - 1) / kLanes * format.panel_nbytes(cols);
 }
@@ -275,37 +257,5 @@ void unpack_row(const PackedMatrix& w, size_t row, float* out) {
     }
   }
 }
-
-namespace {
-constexpr size_t align64(size_t n) { return (n + 63) / 64 * 64; }
-}  // namespace
-
-size_t Activations::nbytes_int8(size_t tokens, size_t cols, size_t slots) {
-  const size_t cells = (tokens + slots - 1) / slots * slots * ((cols + kBlock - 1) / kBlock);
-  return align64(cells * kBlock) + 6 * align64(cells * 4);
-}
-
-size_t Activations::nbytes_float(size_t tokens, size_t cols, size_t slots) {
-  return align64((tokens + slots - 1) / slots * slots * ((cols + kBlock - 1) / kBlock) * kBlock * 4);
-}
-
-void Activations::place_int8(uint8_t* buffer) {
-  const size_t cells = tiles() * slots * blocks();
-  q = reinterpret_cast<int8_t*>(buffer);
-  buffer += align64(cells * kBlock);
-  auto next = [&] {
-    uint8_t* field = buffer;
-    buffer += align64(cells * 4);
-    return field;
-  };
-  scale = reinterpret_cast<float*>(next());
-  negated_sum = reinterpret_cast<int32_t*>(next());
-  negated_sum_low = reinterpret_cast<int32_t*>(next());
-  sum = reinterpret_cast<float*>(next());
-  sum_low = reinterpret_cast<float*>(next());
-  sum_high = reinterpret_cast<float*>(next());
-}
-
-void Activations::place_float(uint8_t* buffer) { f = reinterpret_cast<float*>(buffer); }
 
 }  // namespace edgewise

@@ -32,12 +32,11 @@ Loops loops_of(Tier tier) {
     throw std::invalid_argument(std::string("this processor runs at most ") + tier_name(best_tier()) +
                                 "; asked for " + tier_name(tier));
   switch (tier) {
-#define PROBE(name, suffix) \
-  case Tier::name:          \
-    return {probe::read_##suffix, probe::int8_##suffix, probe::fp32_##suffix, probe::int8_ops_##suffix, \
-            probe::fp32_ops_##suffix};
-#include "kernels/probe/kernels.inc"
-#undef PROBE
+#define EDGEWISE_TIER(tier, name) \
+  case Tier::tier:                \
+    return {probe::read_##name, probe::int8_##name, probe::fp32_##name, probe::int8_ops_##name, probe::fp32_ops_##name};
+#include "edgewise/tiers.inc"
+#undef EDGEWISE_TIER
   }
   throw std::invalid_argument("unknown instruction tier");
 }

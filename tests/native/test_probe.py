@@ -21,7 +21,7 @@ def test_the_tier_in_use_can_be_chosen(monkeypatch):
     monkeypatch.setenv("EDGEWISE_ISA", "")
     assert probe.tier_in_use() == probe.best_tier()
     monkeypatch.setenv("EDGEWISE_ISA", "sse9")
-    with pytest.raises(ValueError, match="expected reference, avx2 or avx512"):
+    with pytest.raises(ValueError, match="expected reference, "):
         probe.tier_in_use()
 
 

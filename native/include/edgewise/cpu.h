@@ -1,19 +1,35 @@
 // Instruction tiers: what this processor can run, and which one is in use.
 #pragma once
+#include <optional>
 #include <string>
+#include <string_view>
 
 namespace edgewise {
 
-enum class Tier { Reference = 0, Avx2 = 1, Avx512 = 2 };
+enum class Tier {
+#define EDGEWISE_TIER(tier, name) tier,
+#include "edgewise/tiers.inc"
+#undef EDGEWISE_TIER
+};
+
+inline constexpr Tier kTiers[] = {
+#define EDGEWISE_TIER(tier, name) Tier::tier,
+#include "edgewise/tiers.inc"
+#undef EDGEWISE_TIER
+};
 
 // The best tier this processor and build can run. Avx512 means F, BW, VL, DQ, VNNI and VBMI.
 Tier best_tier();
 
-// The tier in use: best_tier(), or what EDGEWISE_ISA (reference, avx2, avx512) asks for. Throws std::invalid_argument
-// for an unknown name or one that this processor cannot run. Read once per call, so that tests can switch it.
-Tier tier_in_use();
-
 const char* tier_name(Tier tier);
+std::optional<Tier> tier_named(std::string_view name);
+
+// The names of all tiers of this build: "reference, avx2 or avx512".
+std::string tier_names();
+
+// The tier in use: best_tier(), or the one that EDGEWISE_ISA names. Throws std::invalid_argument for an unknown name or
+// one that this processor cannot run. Read once per call, so that tests can switch it.
+Tier tier_in_use();
 
 // The processor's own name, "" where it has none.
 std::string cpu_model_name();

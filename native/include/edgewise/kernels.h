@@ -76,15 +76,13 @@ struct Kernels {
 // The table of a tier that this processor can run.
 const Kernels& kernels(Tier tier);
 
-#define EDGEWISE_DECLARE_TIER(name)                            \
-  namespace name {                                             \
+#define EDGEWISE_TIER(tier, name)                                           \
+  namespace name {                                                          \
   MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs); \
-  RowKernels row_kernels();                                    \
-  AttentionKernels attention_kernels();                        \
+  RowKernels row_kernels();                                                 \
+  AttentionKernels attention_kernels();                                     \
   }
-EDGEWISE_DECLARE_TIER(reference)
-EDGEWISE_DECLARE_TIER(avx2)
-EDGEWISE_DECLARE_TIER(avx512)
-#undef EDGEWISE_DECLARE_TIER
+#include "edgewise/tiers.inc"
+#undef EDGEWISE_TIER
 
 }  // namespace edgewise

@@ -7,7 +7,7 @@ namespace {
 constexpr int kBlock = 512;  // stays in the first cache
 }
 
-uint64_t read_ref(const void* data, size_t bytes) {
+uint64_t read_reference(const void* data, size_t bytes) {
   const uint64_t* words = static_cast<const uint64_t*>(data);
   uint64_t sum[8] = {};
   for (size_t i = 0; i < bytes / 8; i += 8)
@@ -16,9 +16,9 @@ uint64_t read_ref(const void* data, size_t bytes) {
   return sum[0];
 }
 
-extern const double int8_ops_ref = 2.0 * kBlock, fp32_ops_ref = 2.0 * kBlock;
+extern const double int8_ops_reference = 2.0 * kBlock, fp32_ops_reference = 2.0 * kBlock;
 
-double int8_ref(int64_t rounds) {
+double int8_reference(int64_t rounds) {
   int8_t a[kBlock], b[kBlock];
   for (int j = 0; j < kBlock; ++j) a[j] = static_cast<int8_t>(j), b[j] = static_cast<int8_t>(3 * j);
   int64_t total = 0;
@@ -31,7 +31,7 @@ double int8_ref(int64_t rounds) {
   return static_cast<double>(total);
 }
 
-double fp32_ref(int64_t rounds) {
+double fp32_reference(int64_t rounds) {
   float sum[kBlock] = {}, a[kBlock];
   for (int j = 0; j < kBlock; ++j) a[j] = 0.5f + 1e-4f * j;
   for (int64_t i = 0; i < rounds; ++i) {

@@ -81,7 +81,7 @@ class LanguageModel:
 
     @property
     def tier(self) -> str:
-        """The instruction tier in use: reference, avx2 or avx512."""
+        """The instruction tier in use: reference, avx2, avx512, neon, ..."""
         return str(self.session.tier)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:

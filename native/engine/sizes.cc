@@ -1,0 +1,82 @@
+// Where things lie in packed weights, activations, keys and values. Apart from pack.cc and kernels.cc, so that it builds
+// without exceptions.
+#include "edgewise/kernels.h"
+
+namespace edgewise {
+
+size_t PackedFormat::header_nbytes() const {
+  const size_t per_block = kBlock / sub_group;
+  if (scale == ScaleType::Nested) {
+    const size_t subs = record_inputs / kBlock * per_block * kLanes;
+    return (has_min ? 2 : 1) * (2 * kLanes + subs);
+  }
+  const size_t scales = (sub_group == 16 ? record_inputs / 16 : 1) * kLanes;
+  return scales * scale_nbytes() * (has_min ? 2 : 1);
+}
+
+size_t PackedFormat::record_nbytes(size_t blocks) const { return header_nbytes() + blocks * block_nbytes(); }
+
+size_t PackedFormat::panel_nbytes(size_t cols) const {
+  if (!quantised()) return kLanes * cols * (element == Element::Float32 ? 4 : 2);
+  const size_t blocks = (cols + kBlock - 1) / kBlock, per_record = record_inputs / kBlock;
+  return (blocks + per_record - 1) / per_record * header_nbytes() + blocks * block_nbytes();
+}
+
+namespace {
+constexpr size_t align64(size_t n) { return (n + 63) / 64 * 64; }
+}  // namespace
+
+size_t Activations::nbytes_int8(size_t tokens, size_t cols, size_t slots) {
+  const size_t cells = (tokens + slots - 1) / slots * slots * ((cols + kBlock - 1) / kBlock);
+  return align64(cells * kBlock) + 6 * align64(cells * 4);
+}
+
+size_t Activations::nbytes_float(size_t tokens, size_t cols, size_t slots) {
+  return align64((tokens + slots - 1) / slots * slots * ((cols + kBlock - 1) / kBlock) * kBlock * 4);
+}
+
+void Activations::place_int8(uint8_t* buffer) {
+  const size_t cells = tiles() * slots * blocks();
+  q = reinterpret_cast<int8_t*>(buffer);
+  buffer += align64(cells * kBlock);
+  auto next = [&] {
+    uint8_t* field = buffer;
+    buffer += align64(cells * 4);
+    return field;
+  };
+  scale = reinterpret_cast<float*>(next());
+  negated_sum = reinterpret_cast<int32_t*>(next());
+  negated_sum_low = reinterpret_cast<int32_t*>(next());
+  sum = reinterpret_cast<float*>(next());
+  sum_low = reinterpret_cast<float*>(next());
+  sum_high = reinterpret_cast<float*>(next());
+}
+
+void Activations::place_float(uint8_t* buffer) { f = reinterpret_cast<float*>(buffer); }
+
+size_t KvLayout::key_tile_nbytes() const {
+  switch (type) {
+    case KvType::Float32: return kLanes * head_dim * 4;
+    case KvType::Float16: return kLanes * head_dim * 2;
+    default: return padded() / kBlock * key_format().record_nbytes(1);
+  }
+}
+
+size_t KvLayout::value_nbytes() const {
+  switch (type) {
+    case KvType::Float32: return padded() * 4;
+    case KvType::Float16: return padded() * 2;
+    case KvType::Int8: return padded() + padded() / kBlock * 4;
+    default: return padded() / 2 + padded() / kBlock * 4;
+  }
+}
+
+PackedFormat KvLayout::key_format() const {
+  PackedFormat format;
+  format.element = Element::Integer;
+  format.bits = type == KvType::Int8 ? 8 : 4;
+  format.scale = ScaleType::Float32;
+  return format;
+}
+
+}  // namespace edgewise
