@@ -7,7 +7,7 @@ import pytest
 
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import BF16, FP16, INT8, QuantFormat, float32_to_bf16, quantize
-from edgewise.core.storage import Blocks, Dense, Factored, LazyTensors, QuantizedTensor, Sparse, Stored
+from edgewise.core.storage import Blocks, Dense, Factored, LazyTensors, QuantizedTensor, Sparse, Stored, rows_of
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.normal(size=(6, 8)).astype(np.float32)
@@ -117,3 +117,30 @@ def test_lazy_tensors_are_made_when_asked_for():
     assert made == ["b"]
     with pytest.raises(KeyError):
         tensors["c"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("rows", [slice(0, 6), slice(2, 5), slice(3, 3), 4])
+def test_rows_of_every_form_are_those_of_the_dense_tensor(name, rows):
+    stored, _ = FORMS[name]
+    part = rows_of(stored, rows)
+    expected = stored.dense()[rows]
+    assert part.shape == expected.shape
+    np.testing.assert_allclose(part.dense(), expected, rtol=1e-6)
+    if not isinstance(rows, int):
+        assert type(part) is (Dense if name in ("n_m", "csr") else type(stored))
+
+
+def test_an_element_of_a_stack_keeps_its_blocks():
+    stack = np.stack([WEIGHT, 2 * WEIGHT, 3 * WEIGHT]).astype(np.float16)
+    blocks = Blocks(stack.reshape(18, 8).view(np.uint8), TwoHalves(), (3, 6, 8))
+    second = rows_of(blocks, 1)
+    assert isinstance(second, Blocks)
+    assert np.shares_memory(second.raw, blocks.raw)
+    np.testing.assert_array_equal(second.dense(), stack[1].astype(np.float32))
+    np.testing.assert_array_equal(rows_of(Dense(stack, FP16), 2).dense(), stack[2].astype(np.float32))
+
+
+def test_rows_that_are_not_there():
+    with pytest.raises(InvalidValueError, match=r"rows 6 to 7 .*\(6, 8\)"):
+        rows_of(Dense(WEIGHT), 6)

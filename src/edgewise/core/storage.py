@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, bf16_to_float32, dequantize
 
-__all__ = ["BlockCodec", "Blocks", "Dense", "Factored", "LazyTensors", "QuantizedTensor", "Sparse", "Stored"]
+__all__ = ["BlockCodec", "Blocks", "Dense", "Factored", "LazyTensors", "QuantizedTensor", "Sparse", "Stored", "rows_of"]
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -261,3 +261,29 @@ class LazyTensors(Mapping[str, Stored]):
 
     def __repr__(self) -> str:
         return f"LazyTensors({len(self)} tensors)"
+
+
+def rows_of(stored: Stored, rows: slice | int) -> Stored:
+    """Part of a tensor along its first axis, in its own storage form: a slice of step 1, or one element of the axis.
+
+    A view where the form allows it. A sparse tensor becomes dense, and so does one row of a quantised or factored
+    matrix.
+    """
+    if isinstance(rows, int):
+        start, stop, shape = rows, rows + 1, stored.shape[1:]
+    else:
+        start, stop, _ = rows.indices(stored.shape[0])
+        shape = (stop - start, *stored.shape[1:])
+    if not 0 <= start <= stop <= stored.shape[0]:
+        raise InvalidValueError(f"rows {start} to {stop} of a tensor of shape {stored.shape}")
+
+    if isinstance(stored, Blocks):
+        each = len(stored.raw) // max(stored.shape[0], 1)
+        return replace(stored, raw=stored.raw[start * each:stop * each], logical_shape=shape)
+    if isinstance(stored, Dense):
+        return replace(stored, data=stored.data[start:stop].reshape(shape))
+    if isinstance(stored, QuantizedTensor) and isinstance(rows, slice):
+        return stored.rows(start, stop)
+    if isinstance(stored, Factored) and isinstance(rows, slice):
+        return replace(stored, left=rows_of(stored.left, rows))
+    return Dense(np.ascontiguousarray(stored.dense()[start:stop]).reshape(shape))

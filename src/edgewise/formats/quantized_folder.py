@@ -383,10 +383,12 @@ class PackedTensor(QuantizedTensor):
         return tuple(self._shape)
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
-        """Only these rows are unpacked."""
-        made = {name: field(start, stop) for name, field in self._fields.items()}
-        return QuantizedTensor(made["codes"], made["scales"], self.format, zeros=made.get("zeros"),
-                               minima=made.get("minima"))
+        """These rows, packed like the whole."""
+        def part(field: Callable[[int, int], Array]) -> Callable[[int, int], Array]:
+            return lambda first, last: field(start + first, start + last)
+
+        return PackedTensor(self.format, (stop - start, self._shape[1]),
+                            {name: part(field) for name, field in self._fields.items()})
 
 
 def _decode_quantized(name: str, fmt: QuantFormat, shape: tuple[int, int], files: TensorFiles) -> QuantizedTensor:
