@@ -13,17 +13,31 @@ from dataclasses import replace
 import numpy as np
 
 from edgewise.core.storage import Dense
-from edgewise.engine.plan import Attention, AttentionPolicy, FeedForward, Layer, Linear, Norm, Plan, Rope
+from edgewise.engine.plan import (
+    Attention,
+    AttentionPolicy,
+    Experts,
+    FeedForward,
+    Layer,
+    Linear,
+    Norm,
+    Plan,
+    Rope,
+    for_context,
+)
 
 __all__ = ["MUTATIONS", "forward", "mutations_of", "round_activations"]
 
 
-def forward(plan: Plan, ids, *, token_types=None, dtype=np.float64, activations: str = "exact") -> np.ndarray:
+def forward(plan: Plan, ids, *, token_types=None, dtype=np.float64, activations: str = "exact",
+            context: int | None = None) -> np.ndarray:
     """Logits (n, vocab) of a decoder, hidden states (n, hidden) of an encoder, for ids (n,).
 
     activations: "exact" leaves the inputs of linears alone; "plan" rounds them as each linear's activation says.
+    context: what the model is loaded with; None: the length of the text.
     """
     ids = np.asarray(ids, np.int64)
+    plan = for_context(plan, len(ids) if context is None else context)
     run = _Run(dtype, activations == "plan")
     h = plan.embedding.weight.dense()[ids].astype(dtype) * dtype(plan.embedding_scale)
     if plan.token_type_embedding is not None:
@@ -35,11 +49,11 @@ def forward(plan: Plan, ids, *, token_types=None, dtype=np.float64, activations:
         h = norm(plan.embedding_norm, h)
     for layer in plan.layers:
         if layer.order == "pre":
-            h = h + run.attention(layer.attention, norm(layer.attention_norm, h))
-            h = h + run.feed_forward(layer.feed_forward, norm(layer.feed_forward_norm, h))
+            h = h + after(layer.after_attention, run.attention(layer.attention, norm(layer.attention_norm, h)))
+            h = h + after(layer.after_feed_forward, run.feed_forward(layer, norm(layer.feed_forward_norm, h)))
         else:
             h = norm(layer.attention_norm, h + run.attention(layer.attention, h))
-            h = norm(layer.feed_forward_norm, h + run.feed_forward(layer.feed_forward, h))
+            h = norm(layer.feed_forward_norm, h + run.feed_forward(layer, h))
     if plan.final_norm is not None:
         h = norm(plan.final_norm, h)
     if plan.head is None:
@@ -58,6 +72,10 @@ def norm(parameters: Norm, x: np.ndarray) -> np.ndarray:
         rows.append(row * parameters.weight.astype(x.dtype))
     y = np.stack(rows)
     return y if parameters.bias is None else y + parameters.bias
+
+
+def after(parameters: Norm | None, x: np.ndarray) -> np.ndarray:
+    return x if parameters is None else norm(parameters, x)
 
 
 def rotate(rope: Rope, x: np.ndarray) -> np.ndarray:
@@ -131,6 +149,7 @@ class _Run:
         for head in range(a.heads):
             group = head // (a.heads // a.kv_heads)
             qh, kh, vh = q[:, head * d:(head + 1) * d], k[:, group * d:(group + 1) * d], v[:, group * d:(group + 1) * d]
+            qh, kh = after(a.q_norm, qh), after(a.k_norm, kh)
             if a.rope is not None:
                 qh, kh = rotate(a.rope, qh), rotate(a.rope, kh)
             score = np.where(visible, qh @ kh.T * a.scale, -np.inf)
@@ -138,11 +157,33 @@ class _Run:
             out[:, head * d:(head + 1) * d] = (weight / weight.sum(axis=1, keepdims=True)) @ vh
         return self.linear(a.o, out)
 
-    def feed_forward(self, f: FeedForward, x: np.ndarray) -> np.ndarray:
+    def feed_forward(self, layer: Layer, x: np.ndarray) -> np.ndarray:
+        f = layer.feed_forward
+        return self.gated(f, x) if isinstance(f, FeedForward) else self.experts(f, x)
+
+    def gated(self, f: FeedForward, x: np.ndarray) -> np.ndarray:
         up = self.linear(f.up, x)
         if f.gate is None:
             return self.linear(f.down, activate(f.function, up))
         return self.linear(f.down, activate(f.function, self.linear(f.gate, x)) * up)
+
+    def experts(self, f: Experts, x: np.ndarray) -> np.ndarray:
+        """Token by token: the top_k experts of softmax(router x), each times its probability (arXiv:1701.06538)."""
+        scores = self.linear(f.router, x)
+        rows = []
+        for row, score in zip(x, scores, strict=True):
+            probability = np.exp(score - score.max())
+            probability /= probability.sum()
+            chosen = sorted(range(len(score)), key=lambda e: (-probability[e], e))[:f.top_k]
+            total = sum(probability[e] for e in chosen) if f.normalise else 1.0
+            y = np.zeros_like(row)
+            for e in sorted(chosen):
+                y = y + probability[e] / total * self.gated(f.experts[e], row[None])[0]
+            if f.shared is not None:
+                weight = 1.0 if f.shared_gate is None else 1 / (1 + np.exp(-self.linear(f.shared_gate, row[None])[0]))
+                y = y + weight * self.gated(f.shared, row[None])[0]
+            rows.append(y)
+        return np.stack(rows)
 
 
 def _each_layer(change: Callable[[Layer], Layer]) -> Callable[[Plan], Plan]:
@@ -160,12 +201,18 @@ def _rows(linear: Linear, order: np.ndarray) -> Linear:
 
 def _rope_base(a: Attention) -> Attention:
     """Another base: theta_i = base^(-2i/d) becomes theta_i^1.1, so that base becomes base^1.1."""
-    return replace(a, rope=replace(a.rope, inverse_frequency=a.rope.inverse_frequency ** np.float32(1.1)))
+    return _rope_with(a, lambda rope: replace(rope, inverse_frequency=rope.inverse_frequency ** np.float32(1.1)))
+
+
+def _rope_with(a: Attention, change: Callable[[Rope], Rope]) -> Attention:
+    rope = change(a.rope)
+    return replace(a, rope=rope if rope.longer is None else replace(rope, longer=change(rope.longer)))
 
 
 def _rope_layout(a: Attention) -> Attention:
     """Neighbouring dimensions turn together, as in the original RoFormer and in GGUF's Llama files."""
-    order = np.arange(a.head_dim).reshape(-1, 2).T.reshape(-1)
+    turning = 2 * len(a.rope.inverse_frequency)
+    order = np.concatenate([np.arange(turning).reshape(-1, 2).T.reshape(-1), np.arange(turning, a.head_dim)])
     return replace(a, q=_rows(a.q, np.concatenate([h * a.head_dim + order for h in range(a.heads)])),
                    k=_rows(a.k, np.concatenate([h * a.head_dim + order for h in range(a.kv_heads)])))
 
@@ -190,11 +237,58 @@ def _eps(parameters: Norm) -> Norm:
     return replace(parameters, eps=parameters.eps * 10)
 
 
+def _each_feed_forward(change: Callable[[FeedForward], FeedForward]) -> Callable[[Plan], Plan]:
+    def of_layer(layer: Layer) -> Layer:
+        f = layer.feed_forward
+        if isinstance(f, FeedForward):
+            return replace(layer, feed_forward=change(f))
+        return replace(layer, feed_forward=replace(f, experts=tuple(map(change, f.experts)),
+                                                   shared=None if f.shared is None else change(f.shared)))
+    return _each_layer(of_layer)
+
+
+def _function(f: FeedForward) -> FeedForward:
+    return replace(f, function="gelu_tanh" if f.function != "gelu_tanh" else "gelu")
+
+
+def _rotary_part(a: Attention) -> Attention:
+    """Two dimensions less turn."""
+    return _rope_with(a, lambda rope: replace(rope, inverse_frequency=rope.inverse_frequency[:-1]))
+
+
+def _query_norm_order(a: Attention) -> Attention:
+    """The two halves of the norm's weight exchanged."""
+    half = len(a.q_norm.weight) // 2
+    return replace(a, q_norm=replace(a.q_norm, weight=np.roll(a.q_norm.weight, half)))
+
+
+def _less_one(parameters: Norm) -> Norm:
+    return replace(parameters, weight=parameters.weight - np.float32(1))
+
+
+def _exchange_kinds(plan: Plan) -> Plan:
+    """The layers' policies and rotary embeddings in the opposite order."""
+    kinds = [(layer.attention.policy, layer.attention.rope) for layer in plan.layers][::-1]
+    return replace(plan, layers=tuple(
+        replace(layer, attention=replace(layer.attention, policy=policy, rope=rope))
+        for layer, (policy, rope) in zip(plan.layers, kinds, strict=True)))
+
+
+def _one_rope(plan: Plan) -> Plan:
+    rope = plan.layers[-1].attention.rope
+    return _each_attention(lambda a: replace(a, rope=rope))(plan)
+
+
+def _exchange_reach(a: Attention) -> Attention:
+    longer = a.rope.longer
+    return replace(a, rope=replace(longer, longer=replace(a.rope, longer=None), reach=a.rope.reach))
+
+
 MUTATIONS: dict[str, Callable[[Plan], Plan]] = {
     "rope base": _each_attention(_rope_base),
     "rope layout": _each_attention(_rope_layout),
     "rope attention factor": _each_attention(
-        lambda a: replace(a, rope=replace(a.rope, attention_factor=a.rope.attention_factor * 1.05))),
+        lambda a: _rope_with(a, lambda rope: replace(rope, attention_factor=rope.attention_factor * 1.05))),
     "head order": _each_attention(_head_order),
     "mask": _each_attention(_mask),
     "scale": _each_attention(lambda a: replace(a, scale=a.scale * 1.05)),
@@ -205,8 +299,23 @@ MUTATIONS: dict[str, Callable[[Plan], Plan]] = {
     "embedding norm epsilon": lambda plan: replace(plan, embedding_norm=_eps(plan.embedding_norm)),
     "position offset": lambda plan: replace(plan, position_offset=plan.position_offset + 1),
     "norm order": _each_layer(lambda layer: replace(layer, order="post" if layer.order == "pre" else "pre")),
-    "function": _each_layer(lambda layer: replace(layer, feed_forward=replace(
-        layer.feed_forward, function="gelu_tanh" if layer.feed_forward.function != "gelu_tanh" else "gelu"))),
+    "function": _each_feed_forward(_function),
+    "rotary part": _each_attention(_rotary_part),
+    "head norms left out": _each_attention(lambda a: replace(a, q_norm=None, k_norm=None)),
+    "query norm order": _each_attention(_query_norm_order),
+    "query norm epsilon": _each_attention(lambda a: replace(a, q_norm=_eps(a.q_norm))),
+    "key norm epsilon": _each_attention(lambda a: replace(a, k_norm=_eps(a.k_norm))),
+    "norm after attention left out": _each_layer(lambda layer: replace(layer, after_attention=None)),
+    "norm after feed-forward left out": _each_layer(lambda layer: replace(layer, after_feed_forward=None)),
+    "norms before and after exchanged": _each_layer(lambda layer: replace(
+        layer, feed_forward_norm=layer.after_attention, after_attention=layer.feed_forward_norm)),
+    "norm without one": _each_layer(lambda layer: replace(layer, attention_norm=_less_one(layer.attention_norm))),
+    "embedding scale": lambda plan: replace(plan, embedding_scale=1.0),
+    "kinds of layers exchanged": _exchange_kinds,
+    "one rotary embedding": _one_rope,
+    "long and short exchanged": _each_attention(_exchange_reach),
+    "gate and up exchanged": _each_feed_forward(lambda f: replace(f, gate=f.up, up=f.gate)),
+    "query bias left out": _each_attention(lambda a: replace(a, q=replace(a.q, bias=None))),
 }
 """Name -> a function that returns the plan with one mistake in it. The plan given is not modified."""
 
@@ -224,4 +333,28 @@ def mutations_of(plan: Plan) -> list[str]:
         absent.add("embedding norm epsilon")
     if plan.position_embedding is None:
         absent.add("position offset")
+    first = plan.layers[0]
+    if first.attention.q_norm is None:
+        absent |= {"head norms left out", "query norm order", "query norm epsilon", "key norm epsilon"}
+    if first.after_attention is None:
+        absent |= {"norm after attention left out", "norm after feed-forward left out",
+                   "norms before and after exchanged"}
+    if first.attention.rope is None or first.attention.rope.longer is None:
+        absent.add("long and short exchanged")
+    if first.attention.rope is None:
+        absent.add("rotary part")
+    ropes = {id(layer.attention.rope) for layer in plan.layers}
+    policies = [layer.attention.policy for layer in plan.layers]
+    if len(ropes) == 1:
+        absent.add("one rotary embedding")
+    if policies == policies[::-1] and len(ropes) == 1:
+        absent.add("kinds of layers exchanged")
+    if plan.embedding_scale == 1.0:
+        absent.add("embedding scale")
+    if any(f.gate is None for layer in plan.layers for f in layer.feed_forwards):
+        absent.add("gate and up exchanged")
+    if first.attention.q.bias is None:
+        absent.add("query bias left out")
+    if first.attention_norm.kind == "layer":
+        absent.add("norm without one")
     return [name for name in MUTATIONS if name not in absent]

@@ -195,7 +195,7 @@ class TestLlama:
 
     @pytest.mark.parametrize(("changes", "message"), [
         ({"hidden_act": "mish"}, "'hidden_act' is 'mish'.*gelu.*silu"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope'.*default.*llama3.*yarn"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "'ntk'.*default.*llama3.*yarn"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_parameters.rope_type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ by kind of layer .full_attention."),

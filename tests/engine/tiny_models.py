@@ -36,6 +36,28 @@ def _mistral(**changes: Any) -> Any:
     return MistralForCausalLM(MistralConfig(**_decoder(changes)))
 
 
+def _model(family: str, **changes: Any) -> Any:
+    """A causal model of another family, by the name of its classes."""
+    import transformers
+
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    return getattr(transformers, f"{family}ForCausalLM")(config(**_decoder({"pad_token_id": 0, **changes})))
+
+
+def _gemma3(**changes: Any) -> Any:
+    return _model("Gemma3", **{"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 13,
+                               "num_hidden_layers": 3, "sliding_window_pattern": 3, "tie_word_embeddings": True,
+                               "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-2, **changes})
+
+
+def _longrope(original: int, dims: int, **changes: Any) -> dict[str, Any]:
+    """Phi-3's scaling. transformers looks for the original context beside the rotary parameters."""
+    return {"original_max_position_embeddings": original, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": original,
+        "short_factor": [1.0 + 0.05 * i for i in range(dims // 2)],
+        "long_factor": [1.5 + 0.25 * i for i in range(dims // 2)], **changes}}
+
+
 def _decoder(changes: dict[str, Any]) -> dict[str, Any]:
     return {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-3,
@@ -70,6 +92,19 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: _mistral(sliding_window=24),
     "mistral head size": lambda: _mistral(sliding_window=7, head_dim=32),
     "mistral without window": lambda: _mistral(sliding_window=None),
+    "qwen2": lambda: _model("Qwen2", tie_word_embeddings=True),
+    "qwen2 window": lambda: _model("Qwen2", use_sliding_window=True, sliding_window=11, max_window_layers=1),
+    "qwen3": lambda: _model("Qwen3", head_dim=24),
+    "qwen3 biases": lambda: _model("Qwen3", head_dim=16, attention_bias=True, tie_word_embeddings=True),
+    "phi3": lambda: _model("Phi3"),
+    "phi3 window": lambda: _model("Phi3", sliding_window=19, num_key_value_heads=4),
+    "phi3 short": lambda: _model("Phi3", **_longrope(128, 16)),
+    "phi3 long": lambda: _model("Phi3", **_longrope(64, 16)),
+    "phi3 part": lambda: _model("Phi3", **_longrope(64, 12, partial_rotary_factor=0.75), tie_word_embeddings=True),
+    "gemma3": lambda: _gemma3(),
+    "gemma3 scaled": lambda: _gemma3(num_hidden_layers=4, query_pre_attn_scalar=20, rope_parameters={
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
 }
 ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: _encoder("Bert"),
@@ -86,15 +121,16 @@ def build(name: str, seed: int = 0) -> Any:
 
     model = {**DECODERS, **ENCODERS}[name]()
     generator = torch.Generator().manual_seed(seed)
+    gemma = "gemma" in model.config.model_type
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter_name.endswith("bias"):
                 parameter.copy_(0.2 * noise)
-            elif parameter.ndim == 1:
-                parameter.copy_(1 + 0.2 * noise)
+            elif parameter.ndim == 1:  # Gemma's norms multiply by one more than their weight
+                parameter.copy_((0 if gemma else 1) + 0.2 * noise)
             elif "embed" in parameter_name:
-                parameter.copy_(0.3 * noise)
+                parameter.copy_((0.3 / model.config.hidden_size**0.5 if gemma else 0.3) * noise)
             else:
                 peaked = any(part in parameter_name for part in ("q_proj", "k_proj", "query", "key"))
                 parameter.copy_((2.0 if peaked else 1.0) * noise / parameter.shape[1] ** 0.5)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, UnsupportedError, notice
-from edgewise.core.storage import Dense, Factored, Sparse, Stored
+from edgewise.core.storage import Dense, Factored, Sparse, Stored, rows_of
 from edgewise.engine.plan import Activation, Linear
 
-__all__ = ["FUNCTIONS", "Config", "Tensors", "activation_of"]
+__all__ = ["FUNCTIONS", "Config", "Function", "Tensors", "activation_of"]
 
 Value = TypeVar("Value")
 Function = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -58,14 +58,17 @@ class Config:
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """The mapping under a key as it stands; empty where it is absent."""
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self._fail(key, "a mapping")
+        return value or {}
+
     def section(self, key: str) -> Config | None:
         """The mapping under a key, or None where it is absent or empty."""
-        value = self._values.get(key)
-        if value is None or value == {}:
-            return None
-        if not isinstance(value, Mapping):
-            raise self._fail(key, "a mapping")
-        return Config(value, self._source or "", f"{self._where}{key}.")
+        value = self.mapping(key)
+        return Config(value, self._source or "", f"{self._where}{key}.") if value else None
 
     def nested(self) -> list[str]:
         """The keys that hold a mapping."""
@@ -93,6 +96,24 @@ class Config:
             raise self._fail(key, f"one positive whole number, or a list of one for each of the {layers} layers")
         return [int(v) for v in value]
 
+    def names(self, key: str, count: int) -> list[str] | None:
+        """A list of `count` strings, or None where the key is absent."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or len(value) != count or not all(isinstance(v, str) for v in value):
+            raise self._fail(key, f"a list of {count} strings")
+        return list(value)
+
+    def numbers(self, key: str, count: int) -> NDArray[np.float64]:
+        """A list of `count` finite positive numbers, (count,)."""
+        value = self._values.get(key)
+        if not isinstance(value, list | tuple) or len(value) != count or not all(
+                isinstance(v, int | float | np.number) and not isinstance(v, bool) and math.isfinite(v) and v > 0
+                for v in value):
+            raise self._fail(key, f"a list of {count} finite positive numbers")
+        return np.array(value, np.float64)
+
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
         """A finite number greater than `above`."""
         value = default if self._values.get(key) is None else self._values[key]
@@ -113,7 +134,10 @@ class Config:
     def choice(self, key: str, choices: Mapping[str, Value], default: str) -> Value:
         """What `choices` holds under the name in the configuration. Raises UnsupportedError listing the choices."""
         value = self._values.get(key)
-        value = default if value is None else value
+        return self.pick(key, default if value is None else value, choices)
+
+    def pick(self, key: str, value: object, choices: Mapping[str, Value]) -> Value:
+        """What `choices` holds under `value`, which stands at `key`. Raises UnsupportedError listing the choices."""
         if not isinstance(value, str) or value not in choices:
             raise UnsupportedError(
                 f"{self._source + ': ' if self._source else ''}configuration key {self._where + key!r} is "
@@ -165,6 +189,16 @@ class Tensors:
         has_bias = f"{name}.bias" in self._tensors if bias is None else bias
         return Linear(f"{name}.weight", weight, self.dense(f"{name}.bias", (outputs,)) if has_bias else None,
                       activation_of(weight))
+
+    def split(self, name: str, outputs: Sequence[int], inputs: int) -> list[Linear]:
+        """The linears that lie in the weight `name` (sum of outputs, inputs) one after the other, without copies."""
+        weight = self.stored(f"{name}.weight", (sum(outputs), inputs))
+        made, start = [], 0
+        for rows in outputs:
+            part = rows_of(weight, slice(start, start + rows))
+            made.append(Linear(f"{name}.weight", part, None, activation_of(weight), (start, start + rows)))
+            start += rows
+        return made
 
     def finish(self, expected: Mapping[str, str]) -> None:
         """Tell of the tensors nobody asked for. expected: regular expressions of known ones -> what they are."""

@@ -16,7 +16,7 @@ Computed in float64 and rounded once, where transformers rounds each step to flo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,44 +32,78 @@ Scaling = Callable[[Float64, float, Config, int, int], tuple[Float64, float]]
 """(theta, base, its section of the configuration, context, original context) -> scaled theta, attention factor."""
 
 
-def rope_of(config: Config, head_dim: int, context: int, *, base: float = 10_000.0,
-            divisors: NDArray[np.float32] | None = None, source: str = "") -> Rope:
+def rope_of(config: Config, head_dim: int, context: int, *, base: float = 10_000.0, base_key: str = "rope_theta",
+            divisors: NDArray[np.float32] | None = None, source: str = "", partial: bool = False, scaled: bool = True,
+            kind: str | None = None, older_names: Mapping[str, str] | None = None) -> Rope:
     """The rotary embedding of heads of `head_dim`. context: max_position_embeddings; base: the family's default.
 
-    Reads `rope_scaling` and `rope_theta`, or `rope_parameters` which holds both.
-    divisors: (head_dim / 2,), by which frequencies are divided on top of that.
+    Reads `rope_scaling` and `rope_theta` (base_key), or `rope_parameters` which holds both; of that, the section `kind`
+    where it has one per kind of layer. scaled: False leaves any scaling out.
+    partial: the family may rotate part of a head (`partial_rotary_factor`).
+    divisors: (head_dim / 2,), by which frequencies are divided on top of that. older_names: of kinds of scaling.
     """
-    if head_dim % 2:
-        raise FormatError(f"rotary heads have an even size; head_dim is {head_dim}", path=source or None)
-    scaling = config.section("rope_scaling") or config.section("rope_parameters")
-    newer = config.section("rope_parameters")
-    if scaling is not None and scaling.nested():
-        raise UnsupportedError(f"{source + ': ' if source else ''}the rotary parameters differ by kind of layer "
-                               f"({', '.join(scaling.nested())}); this family has one kind")
-    base = config.number("rope_theta", base, above=1.0)
+    scaling, newer = _sections(config, kind, source) if scaled else (None, None)
+    base = config.number(base_key, base, above=1.0)
     for section in (newer, scaling):
         if section is not None:
             base = section.number("rope_theta", base, above=1.0)
-    kind: Scaling = _plain
+    name = "default"
     if scaling is not None:
-        kind = scaling.choice("rope_type" if "rope_type" in scaling else "type", _KINDS, "default")
-    for section in (config, scaling):
-        if section is not None and section.number("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedError(
-                f"{source + ': ' if source else ''}partial_rotary_factor is "
-                f"{section.number('partial_rotary_factor'):g}; this family rotates whole heads (1.0)")
+        names = {**{known: known for known in (*_KINDS, "longrope")}, **(older_names or {})}
+        name = scaling.choice("rope_type" if "rope_type" in scaling else "type", names, "default")
+    dims = _rotary_dims(config, scaling, head_dim, partial, source)
     original = context
     if scaling is not None:
         original = config.integer("original_max_position_embeddings",
                                   scaling.integer("original_max_position_embeddings", context))
-    theta = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    theta, factor = kind(theta, base, scaling or config, context, original)
+    theta = base ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
+    if name == "longrope":
+        assert scaling is not None
+        return _longrope(theta, scaling, context, original)
+    theta, factor = _KINDS[name](theta, base, scaling or config, context, original)
     if divisors is not None:
         if not (np.isfinite(divisors) & (divisors > 0)).all():
             raise FormatError("divisors of rotary frequencies are finite and positive; some are not",
                               path=source or None, tensor="rope_freqs.weight")
         theta = theta / divisors
     return Rope(theta.astype(np.float32), factor)
+
+
+def _sections(config: Config, kind: str | None, source: str) -> tuple[Config | None, Config | None]:
+    """The section that scales, and `rope_parameters` (or its part for this kind of layer)."""
+    newer = config.section("rope_parameters")
+    if kind is not None:
+        newer = None if newer is None else newer.section(kind)
+        return newer, newer
+    scaling = config.section("rope_scaling") or newer
+    if scaling is not None and scaling.nested():
+        raise UnsupportedError(f"{source + ': ' if source else ''}the rotary parameters differ by kind of layer "
+                               f"({', '.join(scaling.nested())}); this family has one kind")
+    return scaling, newer
+
+
+def _rotary_dims(config: Config, scaling: Config | None, head_dim: int, partial: bool, source: str) -> int:
+    """How many dimensions of a head turn."""
+    factor = config.number("partial_rotary_factor", 1.0)
+    if scaling is not None:
+        factor = scaling.number("partial_rotary_factor", factor)
+    if factor != 1.0 and not partial:
+        raise UnsupportedError(f"{source + ': ' if source else ''}partial_rotary_factor is {factor:g}; this family "
+                               "rotates whole heads (1.0)")
+    dims = int(head_dim * factor)
+    if dims % 2 or not 0 < dims <= head_dim:
+        raise FormatError(f"rotary heads have an even size; head_dim is {head_dim}"
+                          + (f", of which {factor:g} turns" if factor != 1.0 else ""), path=source or None)
+    return dims
+
+
+def _longrope(theta: Float64, scaling: Config, context: int, original: int) -> Rope:
+    factor = scaling.number("factor", context / original)
+    attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    attention = scaling.number("attention_factor", attention)
+    short, long = ((theta / scaling.numbers(key, len(theta))).astype(np.float32)
+                   for key in ("short_factor", "long_factor"))
+    return Rope(short, attention, Rope(long, attention), original)
 
 
 def _plain(theta: Float64, base: float, scaling: Config, context: int, original: int) -> tuple[Float64, float]:
