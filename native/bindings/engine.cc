@@ -61,8 +61,20 @@ void check_layer(const Model& m, const Layer& l, size_t index) {
     if (static_cast<size_t>(l.rope) >= m.ropes.size()) fail("rope index out of range");
     if (2 * m.ropes[static_cast<size_t>(l.rope)].inverse_frequency.size() > l.head_dim) fail("rotary dimensions exceed head_dim");
   }
-  for (const Norm* norm : {&l.attention_norm, &l.feed_forward_norm})
-    if (norm->weight.size() != m.hidden) fail("a norm has " + std::to_string(norm->weight.size()) + " weights; hidden is " + std::to_string(m.hidden));
+  auto size = [&](const Norm& norm, size_t expected, const char* of) {
+    if (norm.weight.size() != expected)
+      fail("a norm has " + std::to_string(norm.weight.size()) + " weights; " + of + " is " + std::to_string(expected));
+  };
+  size(l.attention_norm, m.hidden, "hidden");
+  size(l.feed_forward_norm, m.hidden, "hidden");
+  for (const Norm* norm : {&l.after_attention, &l.after_feed_forward})
+    if (norm->kind != Norm::Kind::None) size(*norm, m.hidden, "hidden");
+  for (const Norm* norm : {&l.q_norm, &l.k_norm}) {
+    if (norm->kind != Norm::Kind::None) size(*norm, l.head_dim, "head_dim");
+    if (norm->kind == Norm::Kind::Layer) fail("a norm of heads is an RMSNorm");
+  }
+  if (l.post_norm && (l.after_attention.kind != Norm::Kind::None || l.after_feed_forward.kind != Norm::Kind::None))
+    fail("a part that is normed before it is added is not normed after");
 }
 
 template <class T>
@@ -124,8 +136,11 @@ void bind_engine(nb::module_& m) {
            }, "inverse_frequency"_a, "attention_factor"_a)
       .def("add_layer", [](Model& model, const Linear& q, const Linear& k, const Linear& v, const Linear& o, const Linear* gate, const Linear& up,
                            const Linear& down, const Norm& attention_norm, const Norm& feed_forward_norm, size_t heads, size_t kv_heads,
-                           size_t head_dim, float scale, int rope, const std::string& visible, size_t window, const std::string& function, bool post_norm) {
-             Layer layer{q, k, v, o, gate ? *gate : Linear{}, up, down, attention_norm, feed_forward_norm, heads, kv_heads, head_dim, scale, rope,
+                           size_t head_dim, float scale, int rope, const std::string& visible, size_t window, const std::string& function, bool post_norm,
+                           const Norm* q_norm, const Norm* k_norm, const Norm* after_attention, const Norm* after_feed_forward) {
+             auto or_none = [](const Norm* norm) { return norm ? *norm : Norm{}; };
+             Layer layer{q, k, v, o, gate ? *gate : Linear{}, up, down, attention_norm, feed_forward_norm, or_none(q_norm), or_none(k_norm),
+                         or_none(after_attention), or_none(after_feed_forward), heads, kv_heads, head_dim, scale, rope,
                          pick<Visible>("policy", visible, {{"causal", Visible::Causal}, {"sliding", Visible::Sliding}, {"full", Visible::Full}}),
                          window,
                          pick<Gate>("function", function, {{"silu", Gate::Silu}, {"gelu", Gate::Gelu}, {"gelu_tanh", Gate::GeluTanh}, {"relu", Gate::Relu}}),
@@ -133,7 +148,8 @@ void bind_engine(nb::module_& m) {
              check_layer(model, layer, model.layers.size());
              model.layers.push_back(std::move(layer));
            }, "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a.none(), "up"_a, "down"_a, "attention_norm"_a, "feed_forward_norm"_a, "heads"_a, "kv_heads"_a,
-           "head_dim"_a, "scale"_a, "rope"_a, "visible"_a, "window"_a, "function"_a, "post_norm"_a)
+           "head_dim"_a, "scale"_a, "rope"_a, "visible"_a, "window"_a, "function"_a, "post_norm"_a,
+           "q_norm"_a.none(), "k_norm"_a.none(), "after_attention"_a.none(), "after_feed_forward"_a.none())
       .def_prop_ro("layers", [](const Model& model) { return model.layers.size(); });
 
   nb::class_<Choice>(m, "Choice").def_ro("token", &Choice::token).def_ro("logprob", &Choice::logprob).def_ro("alternatives", &Choice::alternatives);

@@ -6,8 +6,14 @@
 
 namespace edgewise {
 
-// Rotate-half: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of the rotary dimensions.
-void Session::rope(const Layer& layer, float* heads, size_t count, size_t token) const {
+// Query or key heads as attention compares them: each normed where the layer asks for it, then rotated by halves,
+// (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of the rotary dimensions.
+void Session::turn(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token) const {
+  if (norm.kind != Norm::Kind::None)
+    for (size_t h = 0; h < count; ++h) {
+      float* x = heads + h * layer.head_dim;
+      kernels_.rows.rms_norm(x, norm.weight.data(), norm.eps, layer.head_dim, x);
+    }
   if (layer.rope < 0) return;
   const size_t r = static_cast<size_t>(layer.rope), half = model_->ropes[r].inverse_frequency.size();
   const float* cosine = cosine_[r].data() + static_cast<size_t>(positions_[token]) * half;
@@ -56,13 +62,13 @@ void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
     if (chunk == own_chunk) {  // the only item that reads the new position
       float key[kMaxHeadDim];
       std::memcpy(key, k_.floats() + kv_head * layer.head_dim, layer.head_dim * sizeof(float));
-      rope(layer, key, 1, 0);
+      turn(layer, layer.k_norm, key, 1, 0);
       kernels_.attention.store_key(layout, key, static_cast<size_t>(positions_[0]), keys(index, slot, kv_head));
       kernels_.attention.store_value(layout, v_.floats() + kv_head * layer.head_dim, static_cast<size_t>(positions_[0]),
                                      values(index, slot, kv_head));
     }
     std::memcpy(local, q_.floats() + head * layer.head_dim, group * layer.head_dim * sizeof(float));
-    rope(layer, local, group, 0);
+    turn(layer, layer.q_norm, local, group, 0);
     AttentionTask task{&layout, keys(index, slot, kv_head), values(index, slot, kv_head), local, layer.head_dim, group,
                        begins, stops, layer.scale};
     float* out = partial_.floats() + (chunk - first) * layer.heads * (padded + 2);
@@ -106,7 +112,7 @@ void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
     for (size_t t = 0; t < count_; ++t) {
       const size_t slot = static_cast<size_t>(slots_[t]), position = static_cast<size_t>(positions_[t]);
       float* key = k_.floats() + t * kv_stride_ + kv_head * dim;
-      rope(layer, key, 1, t);
+      turn(layer, layer.k_norm, key, 1, t);
       kernels_.attention.store_key(layout, key, position, keys(index, slot, kv_head));
       kernels_.attention.store_value(layout, v_.floats() + t * kv_stride_ + kv_head * dim, position, values(index, slot, kv_head));
     }
@@ -138,7 +144,7 @@ void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
       float* q = rotated;
       for (size_t i = 0; i < queries; i += heads) {
         std::memcpy(q + i * dim, q_.floats() + (t + i / heads) * q_stride_ + head * dim, heads * dim * sizeof(float));
-        rope(layer, q + i * dim, heads, t + i / heads);
+        turn(layer, layer.q_norm, q + i * dim, heads, t + i / heads);
       }
       AttentionTask task{&layout, keys(index, slot, kv_head), values(index, slot, kv_head), q, dim, queries, begins, stops, layer.scale};
       float peak[kMaxQueries], weight[kMaxQueries], part_peak[kMaxQueries], part_weight[kMaxQueries];

@@ -162,6 +162,16 @@ void Session::norm_rows(const Norm& norm, size_t thread) {
   pool_.barrier();
 }
 
+// x += norm(branch), row by row.
+void Session::add_normed(const Norm& norm) {
+  for (size_t t; (t = pool_.take(1)) < count_;) {
+    float* row = branch_.floats() + t * hidden_stride_;
+    apply_norm(kernels_, norm, row, model_->hidden, row);
+    kernels_.rows.add(row, model_->hidden, x_.floats() + t * hidden_stride_);
+  }
+  pool_.barrier();
+}
+
 void Session::run_layer(size_t index, size_t thread) {
   const Layer& layer = model_->layers[index];
   const LayerKernels& k = layer_kernels_[index];
@@ -200,8 +210,10 @@ void Session::run_layer(size_t index, size_t thread) {
                                     merge_one(layer, index, buffer);
                                     return buffer;
                                   });
-    const Work work = {&layer.o, k.o, x_.floats(), hidden_stride_, true};
+    const bool normed_after = layer.after_attention.kind != Norm::Kind::None;
+    const Work work = {&layer.o, k.o, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
     multiply(&work, 1, inputs, count_);
+    if (normed_after) add_normed(layer.after_attention);
   }
   if (layer.post_norm) norm_rows(layer.attention_norm, thread);
   {
@@ -212,8 +224,10 @@ void Session::run_layer(size_t index, size_t thread) {
   {
     const Inputs inputs = prepare(thread, layer.down.cols(), count_, layer.down.int8_inputs(), !layer.down.int8_inputs(),
                                   Site::Down, [&](size_t token, float*) { return ffn_.floats() + token * ffn_stride_; });
-    const Work work = {&layer.down, k.down, x_.floats(), hidden_stride_, true};
+    const bool normed_after = layer.after_feed_forward.kind != Norm::Kind::None;
+    const Work work = {&layer.down, k.down, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
     multiply(&work, 1, inputs, count_);
+    if (normed_after) add_normed(layer.after_feed_forward);
   }
   if (layer.post_norm) norm_rows(layer.feed_forward_norm, thread);
 }

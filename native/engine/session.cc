@@ -51,6 +51,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   config_.batch = std::max<size_t>(config.batch, 1);
 
   size_t kv_nbytes = 0, q_width = 0, kv_width = 0, ffn_width = 0, partial = 0;
+  bool normed_after = false;
   max_cols_ = m.hidden;
   for (const Layer& layer : m.layers) {
     const Linear* linears[] = {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down};
@@ -67,6 +68,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     q_width = std::max(q_width, layer.heads * layer.head_dim);
     kv_width = std::max(kv_width, layer.kv_heads * layer.head_dim);
     ffn_width = std::max(ffn_width, layer.up.rows());
+    normed_after |= layer.after_attention.kind != Norm::Kind::None || layer.after_feed_forward.kind != Norm::Kind::None;
     const size_t chunks = (config_.context + kChunk - 1) / kChunk;
     partial = std::max(partial, layer.heads * chunks * (layout.padded() + 2));
   }
@@ -84,6 +86,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   v_ = Pages(n * kv_stride_ * 4);
   attention_ = Pages(n * q_stride_ * 4);
   ffn_ = Pages(n * ffn_stride_ * 4);
+  if (normed_after) branch_ = Pages(n * hidden_stride_ * 4);
   partial_ = Pages(partial * 4);
   const size_t whole = std::max<size_t>(n, kLanes);
   input_nbytes_int8_ = Activations::nbytes_int8(whole, max_cols_, kLanes);
@@ -105,7 +108,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
 }
 
 size_t Session::scratch_nbytes() const {
-  size_t total = x_.nbytes() + q_.nbytes() + k_.nbytes() + v_.nbytes() + attention_.nbytes() + ffn_.nbytes() +
+  size_t total = x_.nbytes() + q_.nbytes() + k_.nbytes() + v_.nbytes() + attention_.nbytes() + ffn_.nbytes() + branch_.nbytes() +
                  shared_inputs_.nbytes() + partial_.nbytes() + logits_.nbytes();
   for (const Pages& pages : thread_inputs_) total += pages.nbytes();
   for (const Pages& pages : thread_rows_) total += pages.nbytes();

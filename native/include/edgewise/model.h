@@ -35,6 +35,8 @@ enum class Visible { Causal, Sliding, Full };
 struct Layer {
   Linear q, k, v, o, gate, up, down;  // gate may be absent
   Norm attention_norm, feed_forward_norm;
+  Norm q_norm, k_norm;                       // (head_dim), of each head, or absent
+  Norm after_attention, after_feed_forward;  // of what a part gives, before it is added, or absent
   size_t heads = 0, kv_heads = 0, head_dim = 0;
   float scale = 1;
   int rope = -1;  // index into Model::ropes

@@ -114,7 +114,8 @@ class Session {
   void visible_range(const Layer& layer, size_t token, int32_t& begin, int32_t& end) const;
   void norm_rows(const Norm& norm, size_t thread);
   void head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread);
-  void rope(const Layer& layer, float* heads, size_t count, size_t token) const;
+  void turn(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token) const;
+  void add_normed(const Norm& norm);
   uint8_t* keys(size_t layer, size_t slot, size_t head) const;
   uint8_t* values(size_t layer, size_t slot, size_t head) const;
   void ensure_rope(size_t positions);
@@ -139,6 +140,7 @@ class Session {
   std::vector<size_t> lengths_;
   size_t hidden_stride_ = 0, q_stride_ = 0, kv_stride_ = 0, ffn_stride_ = 0;
   Pages x_, q_, k_, v_, attention_, ffn_;
+  Pages branch_;                      // what a part gives, where it is normed before it is added
   Pages shared_inputs_;               // activations of a phase, when the threads split the rows
   std::vector<Pages> thread_inputs_;  // ... of each thread, when every thread makes its own
   std::vector<Pages> thread_rows_;

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgewise.core.storage import Stored
 from edgewise.engine.packing import PackedWeights
-from edgewise.engine.plan import Layer, Linear, Norm, Plan
+from edgewise.engine.plan import Experts, FeedForward, Layer, Linear, Norm, Plan
 from edgewise.native import _core  # type: ignore[attr-defined]
 
 __all__ = ["build_model", "linears_of"]
@@ -19,11 +19,16 @@ def linears_of(plan: Plan) -> Iterator[Linear]:
     """Every linear of the plan, the embedding table first, the head last."""
     yield plan.embedding
     for layer in plan.layers:
-        attention, feed_forward = layer.attention, layer.feed_forward
+        attention = layer.attention
         yield from (attention.q, attention.k, attention.v, attention.o)
-        if feed_forward.gate is not None:
-            yield feed_forward.gate
-        yield from (feed_forward.up, feed_forward.down)
+        if isinstance(layer.feed_forward, Experts):
+            yield layer.feed_forward.router
+            if layer.feed_forward.shared_gate is not None:
+                yield layer.feed_forward.shared_gate
+        for feed_forward in layer.feed_forwards:
+            if feed_forward.gate is not None:
+                yield feed_forward.gate
+            yield from (feed_forward.up, feed_forward.down)
     if plan.head is not None:
         yield plan.head
 
@@ -58,6 +63,7 @@ def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any
 
 def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int]) -> None:
     attention, feed_forward = layer.attention, layer.feed_forward
+    assert isinstance(feed_forward, FeedForward)
     rope = -1
     if attention.rope is not None:
         if id(attention.rope) not in ropes:
@@ -70,7 +76,14 @@ def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int]) -> 
         down=linear(feed_forward.down), attention_norm=_norm(layer.attention_norm),
         feed_forward_norm=_norm(layer.feed_forward_norm), heads=attention.heads, kv_heads=attention.kv_heads,
         head_dim=attention.head_dim, scale=attention.scale, rope=rope, visible=attention.policy.kind,
-        window=attention.policy.window, function=feed_forward.function, post_norm=layer.order == "post")
+        window=attention.policy.window, function=feed_forward.function, post_norm=layer.order == "post",
+        q_norm=_norm_or_none(attention.q_norm), k_norm=_norm_or_none(attention.k_norm),
+        after_attention=_norm_or_none(layer.after_attention),
+        after_feed_forward=_norm_or_none(layer.after_feed_forward))
+
+
+def _norm_or_none(norm: Norm | None) -> Any:
+    return None if norm is None else _norm(norm)
 
 
 def _norm(norm: Norm) -> Any:

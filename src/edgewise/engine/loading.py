@@ -20,7 +20,7 @@ from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel
 from edgewise.engine.packing import layout_of, pack_all, recipe_of, unique
-from edgewise.engine.plan import Activation, Layer, Linear, Plan, layer_with
+from edgewise.engine.plan import Activation, Experts, Layer, Linear, Plan, for_context, layer_with
 from edgewise.formats.cache import files_key
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.machine import usable_cores
@@ -88,13 +88,14 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     if context is None and memory_bytes is None:
         most, memory_bytes = fitted.context, fitted.memory_bytes
 
-    weights = unique((linear.name, linear.weight) for linear in linears_of(plan))
+    weights = unique((linear.key, linear.weight) for linear in linears_of(plan))
     names = {id(stored): name for name, stored in weights.items()}
     recipes = {name: recipe_of(name, stored) for name, stored in weights.items()}
     weight_bytes = layout_of(recipes)[1]
     context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads, most=most)
 
     key = files_key(checkpoint.files) if cache and checkpoint.files and format is None else None
+    plan = for_context(plan, context)
     packed = pack_all(recipes, key=key, progress=progress)
     model = build_model(plan, packed, names)
     session = _core.Session(model, kv, context, slots, threads, batch)
@@ -108,9 +109,14 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
 def sites_of(layer: Layer) -> dict[str, tuple[str, ...]]:
     """The linears of a layer by what they read, under the names of the session's capture."""
     attention, ffn = layer.attention, layer.feed_forward
-    gate = () if ffn.gate is None else (ffn.gate.name,)
-    return {"attention": (attention.q.name, attention.k.name, attention.v.name), "output": (attention.o.name,),
-            "feed_forward": (*gate, ffn.up.name), "down": (ffn.down.name,)}
+    sites = {"attention": (attention.q, attention.k, attention.v), "output": (attention.o,)}
+    if isinstance(ffn, Experts):  # an expert sees some of the tokens only: what it sees is not captured
+        sites["feed_forward"] = (ffn.router,) if ffn.shared_gate is None else (ffn.router, ffn.shared_gate)
+    else:
+        sites["feed_forward"] = (ffn.up,) if ffn.gate is None else (ffn.gate, ffn.up)
+        sites["down"] = (ffn.down,)
+    # Linears that lie in one weight share its name.
+    return {site: tuple(dict.fromkeys(linear.name for linear in linears)) for site, linears in sites.items()}
 
 
 def without_tensors(checkpoint: Checkpoint) -> Checkpoint:
@@ -119,10 +125,15 @@ def without_tensors(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def requantised(plan: Plan, fmt: QuantFormat) -> Plan:
-    """Every linear of the layers rounded to nearest under `fmt`; embedding and head stay as stored."""
+    """Every linear of the layers rounded to nearest under `fmt`; embedding, head and routers stay as stored."""
     notice("info", f"weights requantised to {fmt} by rounding to nearest", where="load")
 
+    kept = {id(router) for layer in plan.layers if isinstance(layer.feed_forward, Experts)
+            for router in (layer.feed_forward.router, layer.feed_forward.shared_gate)}
+
     def rounded(source: Linear) -> Linear:
+        if id(source) in kept:
+            return source
         codes, scales, zero = quantize(np.asarray(source.weight.dense()), fmt)
         weight = QuantizedTensor(codes, scales, fmt, zeros=zero if fmt.zero == "int" else None,
                                  minima=zero if fmt.zero == "min" else None)

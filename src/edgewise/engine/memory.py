@@ -62,9 +62,11 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
     context = _up(context, 16)
     q_width = max(layer.attention.heads * layer.attention.head_dim for layer in plan.layers)
     kv_width = max(layer.attention.kv_heads * layer.attention.head_dim for layer in plan.layers)
-    ffn_width = max(layer.feed_forward.up.weight.shape[0] for layer in plan.layers)
+    ffn_width = max(part.up.weight.shape[0] for layer in plan.layers for part in layer.feed_forwards)
     cols = max(plan.hidden, q_width, ffn_width)
     rows = sum(_up(width, 16) for width in (plan.hidden, q_width, kv_width, kv_width, q_width, ffn_width))
+    if any(layer.after_attention or layer.after_feed_forward for layer in plan.layers):
+        rows += _up(plan.hidden, 16)
     chunks = -(-context // _CHUNK)
     partial = max(layer.attention.heads * chunks * (_up(layer.attention.head_dim, 32) + 2) for layer in plan.layers)
     shared = sum(_inputs_bytes(max(batch, 16), cols, 16))
