@@ -1,5 +1,7 @@
 #include "edgewise/pool.h"
 
+#include <sys/resource.h>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -11,6 +13,7 @@ namespace {
 // A matrix of a small model takes tens of microseconds: waiting threads spin for that long before they give way.
 constexpr int kSpinsBeforeYield = 20'000;
 constexpr int kSpinsBeforeSleep = 200'000;
+constexpr uint64_t kStop = 0;  // threads in use, in the last epoch of all
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -20,55 +23,99 @@ inline void pause() {
 #endif
 }
 
+// How often this thread has lost its core to another so far.
+long switches_of_this_thread() {
+#if defined(RUSAGE_THREAD)
+  rusage usage;
+  if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_nivcsw;
+#endif
+  return 0;
+}
+
 }  // namespace
 
-Pool::Pool(size_t threads) : threads_(threads) {
+void Governor::observe(std::chrono::nanoseconds elapsed, long switches) {
+  if (threads_ == 1) return;
+  if (limit_ < threads_) {
+    resting_ += elapsed;
+    if (resting_ < rest_) return;
+    limit_ = threads_;
+    window_ = {};
+    switches_ = 0;
+    return;
+  }
+  window_ += elapsed;
+  switches_ += switches;
+  if (window_ < kWindow) return;
+  const double seconds = std::chrono::duration<double>(window_).count();
+  if (static_cast<double>(switches_) > kSwitchesPerSecond * seconds) {
+    limit_ = threads_ / 2 > 0 ? threads_ / 2 : 1;
+    resting_ = {};
+    rest_ = rest_ * 2 < kLongestRest ? rest_ * 2 : std::chrono::nanoseconds(kLongestRest);
+  } else {
+    rest_ = kFirstRest;
+  }
+  window_ = {};
+  switches_ = 0;
+}
+
+Pool::Pool(size_t threads) : threads_(threads), governor_(threads) {
   for (size_t i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
 Pool::~Pool() {
-  stop_ = true;
-  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.store(((epoch_.load() >> 8) + 1) << 8 | kStop, std::memory_order_release);
   epoch_.notify_all();
   for (auto& worker : workers_) worker.join();
 }
 
-void Pool::wait_for_epoch(uint32_t seen) {
+uint64_t Pool::wait_for_epoch(uint64_t seen) {
   for (int spins = 0; spins < kSpinsBeforeSleep; ++spins) {
-    if (epoch_.load(std::memory_order_acquire) != seen) return;
+    const uint64_t now = epoch_.load(std::memory_order_acquire);
+    if (now != seen) return now;
     pause();
   }
   epoch_.wait(seen, std::memory_order_acquire);
+  return epoch_.load(std::memory_order_acquire);
 }
 
 void Pool::work(size_t thread) {
-  for (uint32_t seen = 0;;) {
-    wait_for_epoch(seen);
-    seen = epoch_.load(std::memory_order_acquire);
-    if (stop_) return;
+  for (uint64_t seen = 0;;) {
+    seen = wait_for_epoch(seen);
+    const uint64_t in_use = seen & 0xFF;
+    if (in_use == kStop) return;
+    if (thread >= in_use) continue;
+    const long before = switches_of_this_thread();
     (*body_)(thread);
+    switches_.fetch_add(switches_of_this_thread() - before, std::memory_order_relaxed);
     barrier();
   }
 }
 
 void Pool::run(const std::function<void(size_t)>& body) {
   body_ = &body;
+  in_use_ = governor_.limit();
   next_.store(0, std::memory_order_relaxed);
-  if (threads_ > 1) {
-    epoch_.fetch_add(1, std::memory_order_release);
+  switches_.store(0, std::memory_order_relaxed);
+  if (in_use_ > 1) {
+    epoch_.store(((epoch_.load(std::memory_order_relaxed) >> 8) + 1) << 8 | in_use_, std::memory_order_release);
     epoch_.notify_all();
   }
+  const auto started = std::chrono::steady_clock::now();
+  const long before = switches_of_this_thread();
   body(0);
   barrier();
+  const long switches = switches_.load(std::memory_order_relaxed) + switches_of_this_thread() - before;
+  governor_.observe(std::chrono::steady_clock::now() - started, switches);
 }
 
 void Pool::barrier() {
-  if (threads_ == 1) {
+  if (in_use_ == 1) {
     next_.store(0, std::memory_order_relaxed);
     return;
   }
   const uint32_t generation = generation_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == in_use_) {
     arrived_.store(0, std::memory_order_relaxed);
     next_.store(0, std::memory_order_relaxed);
     generation_.store(generation + 1, std::memory_order_release);

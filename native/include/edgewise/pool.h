@@ -1,6 +1,7 @@
 // Threads that run one function together: single program, many threads, barriers between phases.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -8,6 +9,26 @@
 #include <vector>
 
 namespace edgewise {
+
+// How many threads to use while others want the processor too. A thread that loses its core in the middle of a phase
+// makes all the others wait for it, often for longer than the whole pass takes on one thread. The kernel counts such
+// losses (involuntary context switches): above a rate that a machine of one's own never shows, half of the threads rest
+// for a while, then all are tried again. Results do not depend on the number of threads, so nothing but time changes.
+class Governor {
+ public:
+  explicit Governor(size_t threads) : threads_(threads), limit_(threads) {}
+  size_t limit() const { return limit_; }
+  // After each run: how long it took and how often its threads lost their core meanwhile.
+  void observe(std::chrono::nanoseconds elapsed, long switches);
+
+ private:
+  size_t threads_, limit_;
+  std::chrono::nanoseconds window_{0}, resting_{0}, rest_{kFirstRest};
+  long switches_ = 0;
+
+  static constexpr std::chrono::milliseconds kWindow{20}, kFirstRest{250}, kLongestRest{4000};
+  static constexpr double kSwitchesPerSecond = 100;  // of one thread; a quiet machine shows fewer than ten
+};
 
 class Pool {
  public:
@@ -18,26 +39,29 @@ class Pool {
 
   size_t threads() const { return threads_; }
 
-  // Runs body(thread) on every thread, the caller being thread 0, and returns when all are done. Not re-entrant.
+  // Runs body(thread) on the threads in use, the caller being thread 0, and returns when all are done. Not re-entrant.
   void run(const std::function<void(size_t)>& body);
 
-  // Inside body: waits for all threads, and starts the item counter of the next phase at zero.
+  // Inside body: waits for all threads in use, and starts the item counter of the next phase at zero.
   void barrier();
   // Inside body: takes the next `count` items of this phase; the caller compares with the number of items.
   size_t take(size_t count) { return next_.fetch_add(count, std::memory_order_relaxed); }
 
  private:
   void work(size_t thread);
-  void wait_for_epoch(uint32_t seen);
+  uint64_t wait_for_epoch(uint64_t seen);
 
   size_t threads_;
+  Governor governor_;
   std::vector<std::thread> workers_;
   const std::function<void(size_t)>* body_ = nullptr;
-  bool stop_ = false;
-  alignas(64) std::atomic<uint32_t> epoch_{0};
+  size_t in_use_ = 1;
+  // Number of the run, and in the low byte how many threads take part: one word, so that both are seen together.
+  alignas(64) std::atomic<uint64_t> epoch_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<size_t> arrived_{0};
   alignas(64) std::atomic<size_t> next_{0};
+  alignas(64) std::atomic<long> switches_{0};
 };
 
 }  // namespace edgewise
