@@ -44,37 +44,39 @@ Choice Sampler::sample(const float* logits, size_t vocab) {
     choice.token = static_cast<int32_t>(std::max_element(scores, scores + vocab) - scores);
   } else {
     auto better = [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; };
+    // Relative to the best one, so that a temperature near zero cannot overflow: the best is 0, and others are below.
+    const float peak = *std::max_element(scores, scores + vocab);
     candidates_.resize(vocab);
-    for (size_t i = 0; i < vocab; ++i) candidates_[i] = {scores[i] / config_.temperature, static_cast<int32_t>(i)};
+    for (size_t i = 0; i < vocab; ++i)
+      candidates_[i] = {scores[i] == peak ? 0.0f : (scores[i] - peak) / config_.temperature, static_cast<int32_t>(i)};
     if (config_.top_k > 0 && static_cast<size_t>(config_.top_k) < vocab) {
       const auto cut = candidates_.begin() + config_.top_k;
       std::nth_element(candidates_.begin(), cut, candidates_.end(), better);
       candidates_.resize(static_cast<size_t>(config_.top_k));
     }
-    const float peak = std::max_element(candidates_.begin(), candidates_.end(), [&](const auto& a, const auto& b) {
-                         return better(b, a);
-                       })->first;
-    if (config_.min_p > 0) {  // p >= min_p * p_max, as a bound on the scaled logit
-      const float bound = peak + std::log(config_.min_p);
-      std::erase_if(candidates_, [&](const auto& c) { return c.first < bound; });
-    }
     double total = 0;
-    for (const auto& c : candidates_) total += std::exp(static_cast<double>(c.first - peak));
+    for (const auto& c : candidates_) total += std::exp(static_cast<double>(c.first));
     if (config_.top_p < 1) {
       std::sort(candidates_.begin(), candidates_.end(), better);
       double kept = 0;
       size_t n = 0;
       while (n < candidates_.size() && kept < config_.top_p * total) {
-        kept += std::exp(static_cast<double>(candidates_[n].first - peak));
+        kept += std::exp(static_cast<double>(candidates_[n].first));
         ++n;
       }
       candidates_.resize(std::max<size_t>(n, 1));
-      total = n == 0 ? std::exp(static_cast<double>(candidates_[0].first - peak)) : kept;
+      total = n == 0 ? 1.0 : kept;
+    }
+    if (config_.min_p > 0) {  // p >= min_p * p_max, as a bound on the scaled logit; the best one always stays
+      const float bound = std::log(config_.min_p);
+      std::erase_if(candidates_, [&](const auto& c) { return c.first < bound; });
+      total = 0;
+      for (const auto& c : candidates_) total += std::exp(static_cast<double>(c.first));
     }
     double rest = uniform() * total;
     choice.token = candidates_.back().second;
     for (const auto& c : candidates_) {
-      rest -= std::exp(static_cast<double>(c.first - peak));
+      rest -= std::exp(static_cast<double>(c.first));
       if (rest < 0) {
         choice.token = c.second;
         break;

@@ -47,7 +47,8 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     : model_(std::move(model)), config_(config), kernels_(kernels(tier_in_use())), pool_(std::max<size_t>(config.threads, 1)) {
   const Model& m = *model_;
   config_.threads = pool_.threads();
-  config_.context = padded16(std::max<size_t>(config.context, 1));
+  config_.context = std::max<size_t>(config.context, 1);
+  const size_t room = padded16(config_.context);  // keys lie in tiles of sixteen positions
   config_.batch = std::max<size_t>(config.batch, 1);
 
   size_t kv_nbytes = 0, q_width = 0, kv_width = 0, ffn_width = 0, partial = 0;
@@ -61,8 +62,8 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
                               kernel_for(layer.gate), kernel_for(layer.up), kernel_for(layer.down)});
     KvLayout layout{config_.kv, layer.head_dim};
     kv_layout_.push_back(layout);
-    key_head_nbytes_.push_back(aligned64(config_.context / kLanes * layout.key_tile_nbytes()));
-    value_head_nbytes_.push_back(aligned64(config_.context * layout.value_nbytes()));
+    key_head_nbytes_.push_back(aligned64(room / kLanes * layout.key_tile_nbytes()));
+    value_head_nbytes_.push_back(aligned64(room * layout.value_nbytes()));
     kv_offset_.push_back(kv_nbytes);
     kv_nbytes += config_.slots * layer.kv_heads * (key_head_nbytes_.back() + value_head_nbytes_.back());
     q_width = std::max(q_width, layer.heads * layer.head_dim);

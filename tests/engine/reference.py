@@ -26,19 +26,20 @@ from edgewise.engine.plan import (
     for_context,
 )
 
-__all__ = ["MUTATIONS", "forward", "mutations_of", "round_activations"]
+__all__ = ["MUTATIONS", "forward", "mutations_of", "round_activations", "round_kv"]
 
 
 def forward(plan: Plan, ids, *, token_types=None, dtype=np.float64, activations: str = "exact",
-            context: int | None = None) -> np.ndarray:
+            kv: str = "fp32", context: int | None = None) -> np.ndarray:
     """Logits (n, vocab) of a decoder, hidden states (n, hidden) of an encoder, for ids (n,).
 
     activations: "exact" leaves the inputs of linears alone; "plan" rounds them as each linear's activation says.
+    kv: keys and values are kept in this format; quantised keys meet queries in int8.
     context: what the model is loaded with; None: the length of the text.
     """
     ids = np.asarray(ids, np.int64)
     plan = for_context(plan, len(ids) if context is None else context)
-    run = _Run(dtype, activations == "plan")
+    run = _Run(dtype, activations == "plan", kv)
     h = plan.embedding.weight.dense()[ids].astype(dtype) * dtype(plan.embedding_scale)
     if plan.token_type_embedding is not None:
         types = np.zeros(len(ids), np.int64) if token_types is None else np.asarray(token_types)
@@ -118,20 +119,30 @@ def activate(function: str, x: np.ndarray) -> np.ndarray:
     return np.maximum(x, 0)
 
 
-def round_activations(x: np.ndarray, block: int = 32) -> np.ndarray:
-    """x: (n, inputs) with each run of 32 inputs on the grid of its float32 scale max|x| / 127, ties to even."""
+def round_activations(x: np.ndarray, block: int = 32, levels: int = 127) -> np.ndarray:
+    """x: (n, inputs) with each run of 32 inputs on the grid of its float32 scale max|x| / levels, ties to even."""
     y = np.asarray(x, np.float32).copy()
     for start in range(0, y.shape[1], block):
         part = y[:, start:start + block]
-        scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
+        scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(levels)
         scale = np.where(scale > 0, scale, np.float32(1))
         y[:, start:start + block] = np.rint(part / scale) * scale
     return y.astype(x.dtype)
 
 
+def round_kv(x: np.ndarray, kv: str) -> np.ndarray:
+    """x: (n, head_dim) as the cache holds it: fp16, or codes of -127..127 or -7..7 per 32 dimensions."""
+    if kv == "fp32":
+        return x
+    if kv == "fp16":
+        return x.astype(np.float16).astype(x.dtype)
+    return round_activations(x, levels=127 if kv == "int8" else 7)
+
+
 class _Run:
-    def __init__(self, dtype, round_inputs: bool) -> None:
+    def __init__(self, dtype, round_inputs: bool, kv: str = "fp32") -> None:
         self.dtype = dtype
+        self.kv = kv
         self.round_inputs = round_inputs
 
     def linear(self, linear: Linear, x: np.ndarray) -> np.ndarray:
@@ -152,6 +163,9 @@ class _Run:
             qh, kh = after(a.q_norm, qh), after(a.k_norm, kh)
             if a.rope is not None:
                 qh, kh = rotate(a.rope, qh), rotate(a.rope, kh)
+            kh, vh = round_kv(kh, self.kv), round_kv(vh, self.kv)
+            if self.kv in ("int8", "int4"):
+                qh = round_activations(qh)
             score = np.where(visible, qh @ kh.T * a.scale, -np.inf)
             weight = np.exp(score - score.max(axis=1, keepdims=True))
             out[:, head * d:(head + 1) * d] = (weight / weight.sum(axis=1, keepdims=True)) @ vh

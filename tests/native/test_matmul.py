@@ -154,7 +154,7 @@ def test_extremes_do_not_saturate(line, sign, code):
 
 @pytest.mark.parametrize("line", OWN, ids=name_of)
 def test_inputs_at_the_edges(line):
-    """A token of zeros, of one value, with one peak that makes all others round to nothing, and of the smallest floats."""
+    """A token of zeros, of one value, with a peak that makes all others round to nothing, of ties."""
     made = Made(line, 20, 96)
     x = np.zeros((6, 96), np.float32)
     x[1] = -2.5

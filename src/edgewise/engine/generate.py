@@ -25,7 +25,7 @@ Overflow = Literal["error", "stop", "restart"]
 class GenerationOptions:
     """max_tokens: None goes on until the model stops. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off.
 
-    Filters apply in the order repetition penalty, temperature, top-k, min-p, top-p. seed: the same seed gives the same
+    Filters apply in the order repetition penalty, temperature, top-k, top-p, min-p. seed: the same seed gives the same
     tokens on one instruction tier. stop: strings that end the text and are not part of it. logprobs: how many
     alternatives each token reports. ignore_eos: go on past end-of-text tokens, for benchmarks.
     overflow: when the context is full, raise ContextOverflowError ("error"), end with a notice ("stop"), or keep the
@@ -135,11 +135,15 @@ class Generation:
         ends = frozenset() if options.ignore_eos or tokenizer is None else tokenizer.eos_ids
         stream = None if tokenizer is None else tokenizer.stream()
         matcher = StopMatcher(options.stop)
+        model._current = self
         while True:
             if options.max_tokens is not None and len(self.ids) >= options.max_tokens:
                 self.finish_reason = "length"
                 break
-            if self.ids and model.session.length(0) + 1 > model.context and not self._make_room(model, prompt):
+            if model._current is not self:
+                raise InvalidValueError("this generation cannot go on: the model has read another sequence since; "
+                                        "run one to its end before the next")
+            if self.ids and model.session.length(0) + 1 > model.context and not self._make_room(model):
                 break
             started = time.perf_counter()
             choice = model.session.generate(0, sampler, 1, [])[0]
@@ -164,7 +168,7 @@ class Generation:
             if text and self.ids:
                 yield Token(self.ids[-1], text, 0.0)
 
-    def _make_room(self, model: LanguageModel, prompt: list[int]) -> bool:
+    def _make_room(self, model: LanguageModel) -> bool:
         """What `overflow` says. True when generation goes on."""
         if self.options.overflow == "error":
             raise ContextOverflowError(
@@ -174,11 +178,11 @@ class Generation:
             notice("truncation", f"generation ended: the context of {model.context} positions is full", where="context")
             self.finish_reason = "context"
             return False
-        everything = prompt + self.ids
         keep = min(self.options.keep, model.context // 2)
         newest = max((model.context - keep) // 2, 1)
-        kept = everything[:keep] + everything[-newest:]
-        notice("truncation", f"the context was full: {len(everything) - len(kept)} tokens after the first {keep} were "
+        sequence = model._cached_ids
+        kept = sequence[:keep] + sequence[-newest:]
+        notice("truncation", f"the context was full: {len(sequence) - len(kept)} tokens after the first {keep} were "
                "dropped, and the rest was read again", where="context")
         model.session.truncate(0, 0)
         model.session.prefill(0, np.asarray(kept, np.int32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,15 +18,15 @@ from edgewise.data.tokenizer import Tokenizer, tokenizer_of
 from edgewise.engine.archs import plan_of
 from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
-from edgewise.engine.model import KV_FORMATS, LanguageModel
-from edgewise.engine.packing import layout_of, pack_all, recipe_of, unique
+from edgewise.engine.model import KV_FORMATS, LanguageModel, native_errors
+from edgewise.engine.packing import Recipe, layout_of, pack_all, recipe_of, unique
 from edgewise.engine.plan import Activation, Experts, Layer, Linear, Plan, for_context, layer_with
 from edgewise.formats.cache import files_key
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.machine import usable_cores
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["load", "model_of"]
+__all__ = ["load", "model_of", "session_of"]
 
 Progress = Callable[[str, int, int], None]
 SMALLEST_CONTEXT = 256
@@ -88,9 +88,7 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     if context is None and memory_bytes is None:
         most, memory_bytes = fitted.context, fitted.memory_bytes
 
-    weights = unique((linear.key, linear.weight) for linear in linears_of(plan))
-    names = {id(stored): name for name, stored in weights.items()}
-    recipes = {name: recipe_of(name, stored) for name, stored in weights.items()}
+    recipes, names = recipes_of(plan)
     weight_bytes = layout_of(recipes)[1]
     context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads, most=most)
 
@@ -98,12 +96,30 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     plan = for_context(plan, context)
     packed = pack_all(recipes, key=key, progress=progress)
     model = build_model(plan, packed, names)
-    session = _core.Session(model, kv, context, slots, threads, batch)
+    with native_errors():
+        session = _core.Session(model, kv, context, slots, threads, batch)
     tokenizer: Tokenizer | None = tokenizer_of(checkpoint) if "tokenizer" in checkpoint.metadata else None
     template = None if tokenizer is None or encoder else chat_template_of(checkpoint, tokenizer)
     return LanguageModel(checkpoint=without_tensors(checkpoint), session=session, native=model, packed=packed,
                          tokenizer=tokenizer, template=template, kind=plan.kind, kv=kv, hidden=plan.hidden,
                          vocab=plan.vocab, sites=tuple(sites_of(layer) for layer in plan.layers))
+
+
+def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:
+    """How each weight of a plan is packed, by name; and the name of each stored object, by id()."""
+    weights = unique((linear.key, linear.weight) for linear in linears_of(plan))
+    return ({name: recipe_of(name, stored) for name, stored in weights.items()},
+            {id(stored): name for name, stored in weights.items()})
+
+
+def session_of(plan: Plan, *, kv: str = "fp32", context: int | None = None, batch: int = 256, slots: int = 1,
+               threads: int = 1) -> Any:
+    """A native Session over a Plan, packed in memory: for plans that come from elsewhere than a checkpoint."""
+    recipes, names = recipes_of(plan)
+    context = context or plan.context
+    with native_errors():
+        model = build_model(for_context(plan, context), pack_all(recipes, key=None), names)
+        return _core.Session(model, kv, context, slots, threads, batch)
 
 
 def sites_of(layer: Layer) -> dict[str, tuple[str, ...]]:

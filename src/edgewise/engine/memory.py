@@ -59,7 +59,6 @@ def _inputs_bytes(tokens: int, cols: int, slots: int) -> tuple[int, int]:
 
 def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
     """Buffers of a pass of `batch` tokens, of attention, logits and rotary tables."""
-    context = _up(context, 16)
     q_width = max(layer.attention.heads * layer.attention.head_dim for layer in plan.layers)
     kv_width = max(layer.attention.kv_heads * layer.attention.head_dim for layer in plan.layers)
     ffn_width = max(part.up.weight.shape[0] for layer in plan.layers for part in layer.feed_forwards)

@@ -64,7 +64,8 @@ class LanguageModel:
     hidden: int
     vocab: int
     sites: tuple[Mapping[str, tuple[str, ...]], ...]
-    _cached_ids: list[int] = field(default_factory=list)
+    _cached_ids: list[int] = field(default_factory=list)  # what slot 0 holds
+    _current: object = None  # the Generation that slot 0 belongs to
 
     @property
     def layers(self) -> int:
@@ -179,13 +180,15 @@ class LanguageModel:
     def calibrate(self, texts: Iterable[str | Sequence[int]], *, gram: bool = False,
                   progress: Callable[[str, int, int], None] | None = None) -> Stats:
         """Statistics of every linear's inputs over texts: see `edgewise.engine.calibrate.calibrate`."""
-        return calibration.calibrate(self, texts, gram=gram, progress=progress)
+        with native_errors():
+            return calibration.calibrate(self, texts, gram=gram, progress=progress)
 
     def reset(self, slot: int = 0) -> None:
         """Forget a sequence."""
         self.session.truncate(slot, 0)
         if slot == 0:
             self._cached_ids.clear()
+            self._current = None
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

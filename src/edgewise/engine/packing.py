@@ -277,6 +277,7 @@ def unique(pairs: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:
     weights: dict[str, Stored] = {}
     for name, stored in pairs:
         if id(stored) not in seen:
+            assert name not in weights, f"two weights are called {name}"
             seen[id(stored)] = name
             weights[name] = stored
     return weights
