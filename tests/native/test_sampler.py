@@ -76,8 +76,7 @@ def test_filters_leave_exactly_these(options, seed):
 
 
 def test_the_order_of_the_filters_shows():
-    """Probabilities 0.5, 0.3, 0.15, 0.05. top-p 0.79 of all keeps two. After a min-p of 0.2, which drops the last, the
-    three left have 0.53, 0.32, 0.16, and 0.79 of them would be two as well; 0.82 would be two, and three the other way."""
+    """top-p 0.82 of all keeps three, and min-p all of those; min-p first would leave two of 0.82 to top-p."""
     logits = np.log(np.float32([0.5, 0.3, 0.15, 0.05]))
     found = counts(logits, 2000, temperature=1.0, top_p=0.82, min_p=0.2)
     assert set(np.flatnonzero(found)) == {0, 1, 2}

@@ -23,6 +23,7 @@ from edgewise.core.errors import EdgewiseError, notice
 from edgewise.core.numbers import BF16, E8M0, FP4, FP16, FP32, NumberFormat, QuantFormat
 from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Stored
 from edgewise.formats.cache import cache_root, locked, write_aside
+from edgewise.formats.mapped import release_pages
 from edgewise.native import _core  # type: ignore[attr-defined]
 
 __all__ = ["PackedWeights", "Recipe", "layout_of", "pack_all", "pack_one", "packed_nbytes", "recipe_of"]
@@ -42,13 +43,17 @@ _FP4_TABLE = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one weight is packed: its native format, its bytes, and the function that writes them."""
+    """How one weight is packed: its native format, its bytes, and the function that writes them.
+
+    source: the array it reads.
+    """
 
     format: Any
     rows: int
     cols: int
     nbytes: int
     write: Callable[[Bytes], None]
+    source: NDArray[Any] | None = None
 
 
 def recipe_of(name: str, stored: Stored) -> Recipe:
@@ -61,7 +66,7 @@ def recipe_of(name: str, stored: Stored) -> Recipe:
         def write_blocks(out: Bytes) -> None:
             _core.pack_blocks(stored.codec.name, raw, cols, out)
 
-        return Recipe(native, rows, cols, native.nbytes(rows, cols), write_blocks)
+        return Recipe(native, rows, cols, native.nbytes(rows, cols), write_blocks, raw)
     if isinstance(stored, QuantizedTensor):
         recipe = _quantised(stored)
         if recipe is not None:
@@ -267,6 +272,8 @@ def _fill(buffer: Bytes, recipes: Mapping[str, Recipe], offsets: Mapping[str, in
         recipe.write(buffer[start:start + recipe.nbytes])
         if written is not None:
             written()
+        if recipe.source is not None:  # two copies of one weight at a time, and not of all
+            release_pages(recipe.source)
         if progress is not None:
             progress("packing weights", start + recipe.nbytes, total)
 

@@ -19,6 +19,7 @@ from edgewise.formats.gguf_file import GgufMetadata, GgufShards, read_gguf_raw
 from edgewise.formats.gguf_names import GgufArch, arch_of_file
 from edgewise.formats.gguf_rotary import split_rotary
 from edgewise.formats.gguf_writer import LINEAGE, write_gguf, write_gguf_raw
+from edgewise.formats.mapped import release_pages
 
 __all__ = ["check_finite", "read_gguf", "read_gguf_raw", "write_gguf", "write_gguf_raw"]
 
@@ -76,7 +77,9 @@ def _tensors(shards: GgufShards, arch: GgufArch, config: dict[str, Any], path: P
                 shards.home[name].check_finite(name)
                 checked.add(name)
             stored = shards.stored(name)
-            return stored if heads is None else split_rotary(stored, heads)
+            moved = stored if heads is None else split_rotary(stored, heads)
+            release_pages(shards.home[name].raw(name))  # read for the check, and for the copy
+            return moved
         return make
 
     for name in shards.home:
