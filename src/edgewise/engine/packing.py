@@ -87,7 +87,7 @@ def _floats(stored: Dense) -> Recipe:
     def write(out: Bytes) -> None:
         _core.pack_floats(native, np.ascontiguousarray(stored.data).view(np.uint8).reshape(rows, -1), cols, out)
 
-    return Recipe(native, rows, cols, native.nbytes(rows, cols), write)
+    return Recipe(native, rows, cols, native.nbytes(rows, cols), write, stored.data)
 
 
 @dataclass(frozen=True)
