@@ -14,12 +14,18 @@ help:
 	@echo "make check  lint, types, import contract and the fast tests, in .venv"
 	@echo "make fuzz   100,000 mutated files per format, native readers under AddressSanitizer, in .venv"
 
-demo:
-	@test -x $(DEV)/edgewise || { $(PYTHON) -m venv .venv && $(DEV)/python -m pip install --quiet .; }
+SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f ! -name '*.so' ! -name '*.pyc')
+
+demo: .venv/installed
 	rm -rf build/demo
 	mkdir -p build/demo
 	$(DEV)/edgewise fit smollm2 --memory $(MEMORY) --out build/demo/smollm2
-	$(DEV)/edgewise run build/demo/smollm2 "$(PROMPT)"
+	$(DEV)/edgewise run build/demo/smollm2 "$(PROMPT)" --max-tokens 160 --repetition-penalty 1.1
+
+.venv/installed: $(SOURCES)
+	@test -x $(DEV)/python || $(PYTHON) -m venv .venv
+	$(DEV)/python -m pip install --quiet .
+	@touch $@
 
 test:
 	rm -rf .venv-test
@@ -31,6 +37,7 @@ test:
 dev:
 	@test -x $(DEV)/python || $(PYTHON) -m venv .venv
 	$(DEV)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch .venv/installed
 
 check:
 	@test -x $(DEV)/pytest || { echo "make check runs in .venv, which lacks pytest: run 'make dev' first" >&2; exit 2; }
