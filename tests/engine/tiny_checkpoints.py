@@ -16,6 +16,7 @@ from edgewise.formats.gguf_writer import write_gguf
 __all__ = ["EOS", "bert", "byte_tokenizer", "gguf_file", "llama"]
 
 EOS = 256
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
 
 
 def byte_tokenizer() -> bytes:
@@ -33,7 +34,7 @@ def _dense(rng: np.random.Generator, rows: int, cols: int, peak: float = 1.0) ->
 
 
 def llama(*, tokenizer: bool = True, hidden: int = 64, ffn: int = 96, layers: int = 2, heads: int = 4,
-          kv_heads: int = 2, context: int = 128, vocab: int = 257, seed: int = 0, template: str | None = None,
+          kv_heads: int = 2, context: int = 128, vocab: int = 257, seed: int = 0, template: str | None = TEMPLATE,
           **config: Any) -> Checkpoint:
     rng = np.random.default_rng(seed)
     dim = hidden // heads

@@ -199,6 +199,9 @@ def divide_memory(plan: Plan, weight_bytes: int, kv: str, memory_bytes: int | No
         return weight_bytes + kv_bytes(plan, kv, positions, slots) + scratch_bytes(plan, positions, tokens, threads)
 
     if plan.kind == "encoder":
+        if batch not in (None, wanted):
+            notice("ignored", f"an encoder reads its whole context of {wanted} in one pass, not {batch} tokens",
+                   where="batch")
         batch = wanted
         if memory_bytes is not None and needed(wanted, batch) > memory_bytes:
             raise _too_little(memory_bytes, needed(wanted, batch), weight_bytes, wanted)

@@ -122,7 +122,7 @@ class LanguageModel:
             return self.prompt_ids(prompt, raw=raw)
         items = list(prompt)
         if items and isinstance(items[0], Mapping):
-            return self.prompt_ids(items)
+            return self.prompt_ids(items, raw=raw)
         return [int(i) for i in items]
 
     def forward(self, ids: Sequence[int]) -> Float32:
