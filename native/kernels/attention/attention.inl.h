@@ -13,21 +13,43 @@ inline Floats load_key(const uint8_t* tile, size_t d, KvType type) {
   return load_half(reinterpret_cast<const uint16_t*>(tile) + kLanes * d);
 }
 
+// Every sum is a chain of dependent additions: with few queries, several tiles or dimensions go side by side, so that the
+// multipliers stay busy. Each chain keeps its own order, and with it its bits.
+constexpr int chains_per_query(int queries) {
+  const int chains = kTile >= 16 ? 12 : 4;
+  return queries >= chains ? 1 : chains / queries;
+}
+
+template <int Queries, int Tiles, KvType Type>
+inline void score_tiles(const AttentionTask& task, size_t tile, size_t dim, size_t tile_nbytes, float* scores) {
+  const uint8_t* keys = task.keys + tile * tile_nbytes;
+  Floats sum[Tiles * Queries];
+  for (int i = 0; i < Tiles * Queries; ++i) sum[i] = zero();
+  for (size_t d = 0; d < dim; ++d) {
+#pragma GCC unroll 12
+    for (int n = 0; n < Tiles; ++n) {
+      const Floats k = load_key(keys + static_cast<size_t>(n) * tile_nbytes, d, Type);
+#pragma GCC unroll 12
+      for (int i = 0; i < Queries; ++i)
+        sum[n * Queries + i] = fma(k, set1(task.q[static_cast<size_t>(i) * task.q_stride + d]), sum[n * Queries + i]);
+    }
+  }
+  for (int n = 0; n < Tiles; ++n)
+    for (int i = 0; i < Queries; ++i)
+      store(scores + static_cast<size_t>(i) * kChunk + static_cast<size_t>(n) * kLanes, mul(sum[n * Queries + i], set1(task.scale)));
+}
+
 // scores[query][position - chunk start] for tiles [first_tile, last_tile) of 16 positions: lanes are positions.
 template <int Queries, KvType Type>
 void float_scores(const AttentionTask& task, size_t first_tile, size_t last_tile, float* scores) {
   const size_t dim = task.layout->head_dim, tile_nbytes = task.layout->key_tile_nbytes();
   const size_t base = first_tile / (kChunk / kLanes) * (kChunk / kLanes);
-  for (size_t tile = first_tile; tile < last_tile; ++tile) {
-    const uint8_t* keys = task.keys + tile * tile_nbytes;
-    Floats sum[Queries];
-    for (int i = 0; i < Queries; ++i) sum[i] = zero();
-    for (size_t d = 0; d < dim; ++d) {
-      const Floats k = load_key(keys, d, Type);
-      for (int i = 0; i < Queries; ++i) sum[i] = fma(k, set1(task.q[i * task.q_stride + d]), sum[i]);
-    }
-    for (int i = 0; i < Queries; ++i) store(scores + i * kChunk + (tile - base) * kLanes, mul(sum[i], set1(task.scale)));
-  }
+  constexpr int together = chains_per_query(Queries);
+  size_t tile = first_tile;
+  for (; tile + together <= last_tile; tile += together)
+    score_tiles<Queries, together, Type>(task, tile, dim, tile_nbytes, scores + (tile - base) * kLanes);
+  for (; tile < last_tile; ++tile)
+    score_tiles<Queries, 1, Type>(task, tile, dim, tile_nbytes, scores + (tile - base) * kLanes);
 }
 
 void quantised_scores(const AttentionTask& task, size_t first_tile, size_t last_tile, float* scores, float* scratch) {
@@ -67,20 +89,35 @@ inline Floats load_value(const uint8_t* value, size_t d, size_t padded, KvType t
   return mul(sub(load_uint8(code), set1(8.0f)), set1(scale));
 }
 
-// out[query][d] += sum over positions of p * v: lanes are dimensions, positions in order.
+template <int Queries, int Parts, KvType Type>
+inline void weigh_parts(const AttentionTask& task, size_t from, size_t to, size_t d, const float* weights, float* out) {
+  const size_t padded = task.layout->padded(), value_nbytes = task.layout->value_nbytes();
+  const uint8_t* value = task.values + from * value_nbytes;
+  Floats sum[Parts * Queries];
+  for (int i = 0; i < Parts * Queries; ++i) sum[i] = zero();
+  for (size_t p = from; p < to; ++p, ++weights, value += value_nbytes) {
+#pragma GCC unroll 12
+    for (int n = 0; n < Parts; ++n) {
+      const Floats v = load_value(value, d + static_cast<size_t>(n) * kLanes, padded, Type);
+#pragma GCC unroll 12
+      for (int i = 0; i < Queries; ++i)
+        sum[n * Queries + i] = fma(v, set1(weights[static_cast<size_t>(i) * kChunk]), sum[n * Queries + i]);
+    }
+  }
+  for (int n = 0; n < Parts; ++n)
+    for (int i = 0; i < Queries; ++i)
+      store(out + static_cast<size_t>(i) * padded + d + static_cast<size_t>(n) * kLanes, sum[n * Queries + i]);
+}
+
+// out[query][d] = sum over positions of p * v: lanes are dimensions, positions in order.
 template <int Queries, KvType Type>
 void weigh_values(const AttentionTask& task, size_t from, size_t to, size_t chunk_start, const float* scores, float* out) {
-  const size_t padded = task.layout->padded(), value_nbytes = task.layout->value_nbytes();
-  for (size_t d = 0; d < padded; d += kLanes) {
-    Floats sum[Queries];
-    for (int i = 0; i < Queries; ++i) sum[i] = zero();
-    const uint8_t* value = task.values + from * value_nbytes;
-    for (size_t p = from; p < to; ++p, value += value_nbytes) {
-      const Floats v = load_value(value, d, padded, Type);
-      for (int i = 0; i < Queries; ++i) sum[i] = fma(v, set1(scores[i * kChunk + p - chunk_start]), sum[i]);
-    }
-    for (int i = 0; i < Queries; ++i) store(out + i * padded + d, sum[i]);
-  }
+  constexpr int wanted = chains_per_query(Queries), together = wanted >= 4 ? 4 : wanted >= 2 ? 2 : 1;
+  const float* weights = scores + (from - chunk_start);
+  size_t d = 0;
+  for (; d + together * kLanes <= task.layout->padded(); d += together * kLanes)
+    weigh_parts<Queries, together, Type>(task, from, to, d, weights, out);
+  for (; d < task.layout->padded(); d += kLanes) weigh_parts<Queries, 1, Type>(task, from, to, d, weights, out);
 }
 
 template <int Queries, KvType Type>
