@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewise.core.numbers import QuantFormat, quantize, round_to
+from edgewise.core.numbers import NumberFormat, QuantFormat, quantize, round_to
 from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Stored
 
 __all__ = ["SHARES", "quantised", "searched"]
@@ -66,49 +66,71 @@ def searched(x: Float32, fmt: QuantFormat,
     size = fmt.granularity.group
     if fmt.zero != "min" or fmt.granularity.kind != "group" or x.shape[1] % size or fmt.element.bits > 4:
         return quantize(x, fmt)
-    codes, scale, low = quantize(x, fmt)
-    assert low is not None
-    values = x.reshape(len(x), -1, size)
-    weight = (np.ones(x.shape[1], np.float32) if importance is None else importance).reshape(1, -1, size)
-    total = weight.sum(axis=-1)
+    if not np.isfinite(x).all():
+        return quantize(x, fmt)  # which says where
+    # A group is a column from here on, (size, groups): sums over it then add whole rows.
+    values = np.ascontiguousarray(x.reshape(-1, size).T)
+    weight: Float32 | None = None
+    total: Float32 | np.float32 = np.float32(size)
+    if importance is not None:
+        weight = np.tile(importance.reshape(-1, size).T, (1, len(x)))
+        total = weight.sum(axis=0)
+    weighted = values if weight is None else weight * values
+    mean_value = weighted.sum(axis=0) / total
     levels = np.float32(2**fmt.element.bits - 1)
-    best_codes = codes.reshape(values.shape).astype(np.float32)
-    best_scale, best_low = scale, low
-    best_error = _error(values, best_codes, scale, low, weight)
-    top, bottom = values.max(axis=-1), values.min(axis=-1)
+    bottom = values.min(axis=0)
+    span = values.max(axis=0) - bottom
+
+    best_scale, best_low = _held(span / levels, fmt), round_to(bottom, _scale_number(fmt))
+    best_codes = _coded(values, best_scale, best_low, levels)
+    best_error = _error(values, best_codes, best_scale, best_low, weight)
     for share in SHARES:
-        cut = (top - bottom) * np.float32((1 - share) / 2)
-        scale = np.maximum((top - bottom) * np.float32(share) / levels, np.float32(1e-30))
-        tried = _coded(values, scale, bottom + cut, levels)
+        start = np.maximum(span * np.float32(share) / levels, np.float32(1e-30))
+        tried = _coded(values, start, bottom + span * np.float32((1 - share) / 2), levels)
         # Least squares of value = scale * code + minimum, with the codes held.
-        mean_code = (weight * tried).sum(axis=-1) / total
-        mean_value = (weight * values).sum(axis=-1) / total
-        centred = tried - mean_code[..., None]
-        spread = (weight * centred * centred).sum(axis=-1)
-        fitted = (weight * centred * values).sum(axis=-1) / np.where(spread > 0, spread, 1)
-        scale = round_to(np.where((spread > 0) & (fitted > 0), fitted, scale), fmt.scale)  # type: ignore[arg-type]
-        scale = np.where(scale > 0, scale, np.float32(1))
-        low = round_to(mean_value - scale * mean_code, fmt.scale)  # type: ignore[arg-type]
+        loaded = tried if weight is None else weight * tried
+        first, second = loaded.sum(axis=0) / total, (loaded * tried).sum(axis=0) / total
+        spread = second - first * first
+        # Below this the codes are all but equal, and single precision has nothing left of their spread.
+        uneven = spread > 1e-5 * second
+        shared = (loaded * values).sum(axis=0) / total - first * mean_value
+        fitted = shared / np.where(uneven, spread, 1)
+        scale = _held(np.where(uneven & (fitted > 0), fitted, start), fmt)
+        low = round_to(mean_value - scale * first, _scale_number(fmt))
         tried = _coded(values, scale, low, levels)
         error = _error(values, tried, scale, low, weight)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scale, best_low = np.where(better, scale, best_scale), np.where(better, low, best_low)
-        np.copyto(best_codes, tried, where=better[..., None])
-    return best_codes.reshape(x.shape).astype(codes.dtype), best_scale, best_low
+        np.copyto(best_codes, tried, where=better)
+    codes = np.ascontiguousarray(best_codes.astype(np.uint8).T).reshape(x.shape)
+    return codes, best_scale.reshape(len(x), -1), best_low.reshape(len(x), -1)
+
+
+def _scale_number(fmt: QuantFormat) -> NumberFormat:
+    assert isinstance(fmt.scale, NumberFormat)  # quantize, and so every candidate, refuses nested scales
+    return fmt.scale
+
+
+def _held(scale: Float32, fmt: QuantFormat) -> Float32:
+    """As the scale is stored; one where that would be zero."""
+    rounded = round_to(scale, _scale_number(fmt))
+    return np.where(rounded > 0, rounded, np.float32(1))
 
 
 def _coded(values: Float32, scale: Float32, low: Float32, levels: np.float32) -> Float32:
-    codes = values - low[..., None]
-    codes /= scale[..., None]
+    codes = values - low
+    codes /= scale
     np.rint(codes, out=codes)
     return np.clip(codes, 0, levels, out=codes)
 
 
-def _error(values: Float32, codes: Float32, scale: Float32, low: Float32, weight: Float32) -> Float32:
-    gap = codes * scale[..., None]
-    gap += low[..., None]
+def _error(values: Float32, codes: Float32, scale: Float32, low: Float32, weight: Float32 | None) -> Float32:
+    """Of each group, (groups,)."""
+    gap = codes * scale
+    gap += low
     gap -= values
     gap *= gap
-    gap *= weight
-    return np.asarray(gap.sum(axis=-1), np.float32)
+    if weight is not None:
+        gap *= weight
+    return np.asarray(gap.sum(axis=0), np.float32)
