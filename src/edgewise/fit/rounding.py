@@ -18,7 +18,7 @@ from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Stored
 __all__ = ["SHARES", "quantised", "searched"]
 
 Float32 = NDArray[np.float32]
-SHARES = (0.9, 0.75)
+SHARES = (0.95, 0.8, 0.65)
 """Of the span of a group that the codes cover, as the search begins."""
 _CHUNK_VALUES = 1 << 17
 """Values worked on at a time: their temporaries stay in the processor's second-level cache."""
