@@ -60,3 +60,11 @@ def lee_losses(smollm2, lee_ids):
     from real_models import window_losses
 
     return window_losses(smollm2, lee_ids, 8)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> str:
+    """The file of SmolLM2-135M-Instruct, for starts with a cache of their own."""
+    from edgewise.formats import resolve
+
+    return str(resolve("smollm2"))

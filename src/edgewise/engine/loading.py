@@ -92,14 +92,15 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     weight_bytes = layout_of(recipes)[1]
     context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads, most=most)
 
+    # Before the weights are there: building a tokenizer takes several times what it keeps.
+    tokenizer: Tokenizer | None = tokenizer_of(checkpoint) if "tokenizer" in checkpoint.metadata else None
+    template = None if tokenizer is None or encoder else chat_template_of(checkpoint, tokenizer)
     key = files_key(checkpoint.files) if cache and checkpoint.files and format is None else None
     plan = for_context(plan, context)
     packed = pack_all(recipes, key=key, progress=progress)
     model = build_model(plan, packed, names)
     with native_errors():
         session = _core.Session(model, kv, context, slots, threads, batch)
-    tokenizer: Tokenizer | None = tokenizer_of(checkpoint) if "tokenizer" in checkpoint.metadata else None
-    template = None if tokenizer is None or encoder else chat_template_of(checkpoint, tokenizer)
     return LanguageModel(checkpoint=without_tensors(checkpoint), session=session, native=model, packed=packed,
                          tokenizer=tokenizer, template=template, kind=plan.kind, kv=kv, hidden=plan.hidden,
                          vocab=plan.vocab, sites=tuple(sites_of(layer) for layer in plan.layers))
