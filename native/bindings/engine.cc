@@ -156,7 +156,8 @@ void bind_engine(nb::module_& m) {
              model.layers.push_back(std::move(layer));
            }, "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a.none(), "up"_a, "down"_a, "attention_norm"_a, "feed_forward_norm"_a, "heads"_a, "kv_heads"_a,
            "head_dim"_a, "scale"_a, "rope"_a, "visible"_a, "window"_a, "function"_a, "post_norm"_a,
-           "q_norm"_a.none(), "k_norm"_a.none(), "after_attention"_a.none(), "after_feed_forward"_a.none())
+           "q_norm"_a.none() = nb::none(), "k_norm"_a.none() = nb::none(), "after_attention"_a.none() = nb::none(),
+           "after_feed_forward"_a.none() = nb::none())
       .def_prop_ro("layers", [](const Model& model) { return model.layers.size(); });
 
   nb::class_<Choice>(m, "Choice").def_ro("token", &Choice::token).def_ro("logprob", &Choice::logprob).def_ro("alternatives", &Choice::alternatives);
