@@ -1,0 +1,7 @@
+#define EDGEWISE_NEON neon_i8mm
+#include "edgewise/kernels.h"
+#include "kernels/lanes_neon.h"
+
+namespace edgewise::neon_i8mm {
+#include "kernels/matmul/matmul.inl.h"
+}  // namespace edgewise::neon_i8mm

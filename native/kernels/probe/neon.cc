@@ -1,0 +1,2 @@
+#define EDGEWISE_NEON neon
+#include "kernels/probe/neon.inl.h"

@@ -1,0 +1,2 @@
+#define EDGEWISE_NEON neon_i8mm
+#include "kernels/probe/neon.inl.h"

@@ -1,0 +1,6 @@
+#include "tests/lanes/lanes.h"
+#include "kernels/lanes_avx512.h"
+
+namespace edgewise::avx512 {
+#include "tests/lanes/lanes.inl.h"
+}  // namespace edgewise::avx512

@@ -1,0 +1,6 @@
+#include "tests/lanes/lanes.h"
+#include "kernels/lanes_wasm.h"
+
+namespace edgewise::wasm {
+#include "tests/lanes/lanes.inl.h"
+}  // namespace edgewise::wasm
