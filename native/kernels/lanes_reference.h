@@ -1,6 +1,7 @@
 // Sixteen lanes as plain loops: what every processor can run, and what the other lane headers have to equal.
 // See lanes.md for the contract.
 #pragma once
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -59,8 +60,26 @@ static inline Floats div(Floats a, Floats b) { return each([&](int i) { return a
 static inline Floats max(Floats a, Floats b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
 static inline Floats min(Floats a, Floats b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
 static inline Floats abs(Floats a) { return each([&](int i) { return std::fabs(a.v[i]); }); }
-static inline Floats fma(Floats a, Floats b, Floats c) { return each([&](int i) { return std::fmaf(a.v[i], b.v[i], c.v[i]); }); }
-static inline Floats fnma(Floats a, Floats b, Floats c) { return each([&](int i) { return std::fmaf(-a.v[i], b.v[i], c.v[i]); }); }
+// a * b + c, rounded once. Not fmaf where that is no instruction: musl's rounds twice if the result is subnormal. The
+// product is exact in double; a sum rounded to odd can be rounded again (Boldo and Melquiond, IEEE Trans. Computers
+// 57(4), 2008).
+static inline float fused(float a, float b, float c) {
+#if defined(__FP_FAST_FMAF) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  const double product = static_cast<double>(a) * b;
+  double sum = product + c;
+  const double part = sum - product, error = (product - (sum - part)) + (c - part);
+  if (error > 0 || error < 0) {
+    uint64_t bits = std::bit_cast<uint64_t>(sum);
+    if (bits >> 63 != (error < 0)) --bits;  // towards zero first, then the sticky bit
+    sum = std::bit_cast<double>(bits | 1);
+  }
+  return static_cast<float>(sum);
+#endif
+}
+static inline Floats fma(Floats a, Floats b, Floats c) { return each([&](int i) { return fused(a.v[i], b.v[i], c.v[i]); }); }
+static inline Floats fnma(Floats a, Floats b, Floats c) { return each([&](int i) { return fused(-a.v[i], b.v[i], c.v[i]); }); }
 static inline Floats round_even(Floats a) { return each([&](int i) { return std::nearbyintf(a.v[i]); }); }
 // The first n lanes of a, the others from b.
 static inline Floats first(int n, Floats a, Floats b) { return each([&](int i) { return i < n ? a.v[i] : b.v[i]; }); }
