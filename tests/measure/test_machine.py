@@ -14,7 +14,7 @@ from edgewise.measure.machine import Cores, memory_limit, probe, storage_read_ra
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A machine of four processors, two per core, 8 GB, in the cgroup /work/job."""
+    """A machine of four processors, two per core, 8 GB, in the cgroup /batch/job."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
         topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
@@ -41,7 +41,7 @@ def test_hyper_threads_count_once(tree):
 
 
 def test_quota_of_version_2_is_the_tightest_on_the_way_up(tree):
-    root = tree("0::/work/job\n", work__job__cpuDOTmax="max 100000\n", work__cpuDOTmax="150000 100000\n")
+    root = tree("0::/batch/job\n", batch__job__cpuDOTmax="max 100000\n", batch__cpuDOTmax="150000 100000\n")
     assert usable_cores(root) == Cores(4, 2, 1.5)
     assert usable_cores(root).usable == 1
 
