@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "convert": "Rewrite a model in another number format or file format.",
     "inspect": "Show what is in a model file: tensors, formats, sizes, template, licence.",
     "perplexity": "Measure how well a model predicts a text.",
+    "bench": "Measure the speed of a model against what the machine can do.",
     "device": "Measure this machine, or list the devices that ship with edgewise.",
 }
 """Every verb with its one-line help. A row whose module is not part of the installation is not listed."""

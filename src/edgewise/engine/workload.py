@@ -1,0 +1,93 @@
+"""The Workload of a Plan: what one decode step or one prefill reads and computes, linear by linear.
+
+A pass reads each weight once, and the keys and values that its tokens see. An embedding table gives one row per token,
+unless it is the head as well. Of routed experts the chosen ones are read in decode, all of them in a long prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from edgewise.core.errors import InvalidValueError
+from edgewise.core.workload import Op, Workload
+from edgewise.engine.memory import kv_bytes
+from edgewise.engine.plan import Attention, Experts, FeedForward, Layer, Linear, Plan
+
+__all__ = ["arithmetic", "workload_of"]
+
+
+def workload_of(plan: Plan, matrices: Mapping[str, Any], *, tokens: int = 1, depth: int = 0, batch: int = 256,
+                kv: str = "fp16", int8: bool | None = None) -> Workload:
+    """tokens: read after `depth` others, `batch` in a pass; one token is a decode step, with logits.
+
+    matrices: packed weights by name, each with rows, cols, nbytes. A weight that lies in another's place (a tied head)
+    is not among them. int8: whether the linears of the layers multiply integers; by default as the plan says.
+    Ops are named after the tensors; "attention" ops carry the bytes of keys and values that are read.
+    """
+    if tokens < 1 or depth < 0 or batch < 1:
+        raise InvalidValueError(f"a workload has at least one token, no negative depth, and a batch; given {tokens}, "
+                                f"{depth}, {batch}")
+    passes = -(-tokens // batch)
+
+    def linear(source: Linear, rows_in: float, *, name: str = "", reads: float = 1, kind: bool | None = int8) -> Op:
+        matrix = matrices[name or source.key]
+        whole = source.activation == "int8" if kind is None else kind
+        macs = round(matrix.rows * matrix.cols * rows_in)
+        return Op(source.name, "linear", ((tokens, matrix.cols), (tokens, matrix.rows)), macs,
+                  round(matrix.nbytes * reads), 0, 0, "int8" if whole else "fp32")
+
+    def gated(ffn: FeedForward, share: float = 1.0) -> list[Op]:
+        parts = [ffn.up, ffn.down] if ffn.gate is None else [ffn.gate, ffn.up, ffn.down]
+        # An expert that any token of a pass chooses is read whole.
+        reads = passes * (1 - (1 - share) ** min(tokens, batch))
+        return [linear(part, tokens * share, reads=reads) for part in parts]
+
+    ops = [Op(plan.embedding.name, "embedding", weight_bytes=round(
+        matrices[plan.embedding.key].nbytes / plan.vocab * tokens))]
+    for layer in plan.layers:
+        attention = layer.attention
+        ops += [linear(part, tokens, reads=passes) for part in (attention.q, attention.k, attention.v)]
+        ops.append(_attention(plan, layer, tokens, depth, batch, kv))
+        ops.append(linear(attention.o, tokens, reads=passes))
+        ffn = layer.feed_forward
+        if isinstance(ffn, Experts):
+            ops.append(linear(ffn.router, tokens, reads=passes, kind=False))
+            for expert in ffn.experts:
+                ops += gated(expert, ffn.top_k / len(ffn.experts))
+            if ffn.shared is not None:
+                ops += gated(ffn.shared)
+        else:
+            ops += gated(ffn)
+    if plan.head is not None:
+        tied = plan.head.weight is plan.embedding.weight
+        ops.append(linear(plan.head, 1, name=plan.embedding.key if tied else plan.head.key, kind=None))
+    return Workload(plan.arch, "prefill" if tokens > 1 else "decode", tuple(ops))
+
+
+def _attention(plan: Plan, layer: Layer, tokens: int, depth: int, batch: int, kv: str) -> Op:
+    attention = layer.attention
+    seen = sum(_visible(attention, depth + i, depth + tokens) for i in range(tokens))
+    alone = replace(plan, layers=(layer,))
+    # The tokens of a pass share what they read: the pass reads what its last token sees, and its own.
+    ends = range(min(batch, tokens), tokens + 1, batch) if tokens > batch else (tokens,)
+    read = sum(kv_bytes(alone, kv, _visible(attention, depth + end - 1, depth + tokens)) for end in ends)
+    macs = 2 * attention.heads * attention.head_dim * seen
+    return Op("attention", "attention", ((tokens, attention.heads, attention.head_dim),), macs, 0, read, 0, "fp32")
+
+
+def _visible(attention: Attention, position: int, length: int) -> int:
+    """Positions that the token at `position` sees, itself included."""
+    if attention.policy.kind == "full":
+        return length
+    return min(position + 1, attention.policy.window) if attention.policy.kind == "sliding" else position + 1
+
+
+def arithmetic(workload: Workload) -> dict[str, int]:
+    """Operations by number format, two per multiply-add."""
+    found: dict[str, int] = {}
+    for op in workload.ops:
+        if op.macs:
+            found[op.number_format] = found.get(op.number_format, 0) + 2 * op.macs
+    return found
