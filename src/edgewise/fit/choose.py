@@ -40,13 +40,17 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """What may be chosen. kvs: KV formats with their divergence. other_bytes: of a folder besides the weights."""
+    """What may be chosen. kvs: KV formats with their divergence. other_bytes: of a folder besides the weights.
+
+    measured: divergences are; else they are all zero, to see whether anything fits at all.
+    """
 
     plan: Plan
     fronts: Sequence[Sequence[Allocation]]
     kvs: Mapping[str, float]
     threads: int
     other_bytes: int
+    measured: bool = True
 
     def overhead(self, kv: str, context: int, batch: int = BATCH) -> int:
         """KV cache and scratch, in bytes."""
@@ -132,8 +136,8 @@ def smallest(space: Space, context: int) -> Choice:
 def _impossible(space: Space, budget: Budget, context: int, kl_limit: float | None) -> BudgetError:
     least = smallest(space, context)
     parts = [(f"the least memory is {least.memory_bytes / 1e6:.1f} MB (weights "
-              f"{least.allocation.packed_bytes / 1e6:.1f} MB, a context of {context} positions with KV {least.kv}; "
-              f"predicted quality {np.exp(-least.kl):.3f})")]
+              f"{least.allocation.packed_bytes / 1e6:.1f} MB, a context of {context} positions with KV {least.kv}"
+              f"{f'; predicted quality {np.exp(-least.kl):.3f}' if space.measured else ''})")]
     disk = min(point.stored_bytes for point in space.all()) + space.other_bytes
     if budget.storage_bytes is not None:
         parts.append(f"the least storage is {disk / 1e6:.1f} MB")

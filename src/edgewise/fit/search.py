@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.budget import Budget
 from edgewise.core.checkpoint import Checkpoint, Step
-from edgewise.core.errors import BudgetError, InvalidValueError
+from edgewise.core.errors import BudgetError, InvalidValueError, collect_notices
 from edgewise.core.numbers import QuantFormat
 from edgewise.core.report import Report
 from edgewise.core.storage import LazyTensors, Stored
@@ -32,7 +32,7 @@ from edgewise.fit.allocate import front_of
 from edgewise.fit.candidates import LADDER, Candidate, TensorGroup, candidates_of, groups_of
 from edgewise.fit.choose import Choice, Space, choose, context_limit, front_with_kv
 from edgewise.fit.result import Measured, pareto_plot, report_of
-from edgewise.fit.sensitivity import Bench, Sample, importance_of, mean_kl, sample_of, sensitivities
+from edgewise.fit.sensitivity import Bench, Sample, importance_of, kl_rows, sample_of, sensitivities
 from edgewise.formats.cache import write_aside
 from edgewise.formats.folder import check_target, write_folder
 from edgewise.formats.sources import open_checkpoint
@@ -44,6 +44,8 @@ Progress = Callable[[str, int, int], None]
 Search = Literal["quick", "full"]
 TOKENS = {"quick": 512, "full": 2048}
 _TRIES = 6
+_KVS = ("int8", "int4")
+"""KV formats beside fp16."""
 _SPEED_TOKENS = 48
 
 
@@ -79,17 +81,19 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
     sample = sample_of(ids, context=context_limit(bench.plan), tokens=TOKENS[search])
 
     started = time.perf_counter()
-    importance = importance_of(checkpoint, sample, threads)
-    reference = bench.reference(sample.search)
     ladder = [fmt if isinstance(fmt, QuantFormat) else QuantFormat.parse(fmt) for fmt in formats or LADDER]
     groups = groups_of(bench.plan, bands=3 if search == "full" else 1)
     candidates = [candidates_of(group, ladder, None if search == "full" else 5) for group in groups]
+    other_bytes = _other_bytes(checkpoint, groups)
+    _possible(bench, candidates, threads, other_bytes, budget, context)
+    importance = importance_of(checkpoint, sample, threads)
+    reference = bench.reference(sample.search)
     kls = sensitivities(bench, reference, groups, candidates, importance, progress)
-    kvs = {"fp16": 0.0, **{kv: bench.kl(reference, kv=kv) for kv in ("int8", "int4")}}
+    kvs = {"fp16": 0.0, **{kv: bench.kl(reference, kv=kv) for kv in _KVS}}
     searched_s = time.perf_counter() - started
 
     space = Space(bench.plan, [front_of(candidates, kls, by) for by in ("packed", "stored")], kvs, threads,
-                  _other_bytes(checkpoint, groups))
+                  other_bytes)
     fitted = _Fitted(checkpoint, bench, groups, candidates, importance, budget, digest, search)
     choice, result, before, after = _settle(fitted, space, sample, context, threads)
 
@@ -120,6 +124,16 @@ def _check(budget: Budget, context: int | None, search: str) -> None:
         raise InvalidValueError(f"a context has at least one position; given {context}")
     if search not in TOKENS:
         raise InvalidValueError(f"search is {' or '.join(TOKENS)}; given {search!r}")
+
+
+def _possible(bench: Bench, candidates: Sequence[Sequence[Candidate]], threads: int, other_bytes: int, budget: Budget,
+              context: int | None) -> None:
+    """An impossible memory or storage is an error before anything is measured."""
+    zeros = [[0.0] * len(choices) for choices in candidates]
+    fronts = [front_of(candidates, zeros, by) for by in ("packed", "stored")]
+    space = Space(bench.plan, fronts, dict.fromkeys(("fp16", *_KVS), 0.0), threads, other_bytes, measured=False)
+    with collect_notices():  # they are given when the choice is made
+        choose(space, budget, context)
 
 
 def _ids(checkpoint: Checkpoint, text_from: str | Sequence[int], offline: bool | None,
@@ -220,7 +234,7 @@ def _measured(source: LanguageModel, model: LanguageModel, fitted: _Fitted, choi
     for window in sample.check:
         ids = window[:choice.context]
         logits = [each.forward(ids) for each in (source, model)]
-        kls.append(mean_kl(logits[0], logits[1]))
+        kls.append(kl_rows(logits[0], logits[1]))
         same.append(logits[0].argmax(axis=-1) == logits[1].argmax(axis=-1))
         for loss, rows in zip(losses, logits, strict=True):
             top = rows.max(axis=-1)

@@ -7,7 +7,7 @@ The measure is the mean KL(source || changed) over the positions of a sample of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,13 @@ from edgewise.engine.archs import plan_of
 from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.loading import model_of
 from edgewise.engine.packing import PackedWeights, pack_all, pack_one, recipe_of, unique
+from edgewise.engine.plan import Linear, layer_with
 from edgewise.fit.candidates import Candidate, TensorGroup
 from edgewise.fit.rounding import quantised
 from edgewise.formats.cache import files_key
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["Bench", "Importance", "Reference", "Sample", "importance_of", "mean_kl", "sample_of",
-           "sensitivities"]
+__all__ = ["Bench", "Importance", "Reference", "Sample", "importance_of", "kl_rows", "sample_of", "sensitivities"]
 
 Progress = Callable[[str, int, int], None]
 Ids = NDArray[np.int32]
@@ -37,6 +37,7 @@ Importance = Mapping[str, Float32]
 _REFERENCE_BYTES = 128 << 20
 """What the source's logits may take; of a large vocabulary only every second, third, ... position is compared."""
 _BLOCK_ROWS = 16
+_FAR = 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +87,13 @@ class Reference:
     logits: tuple[Float32, ...]
 
 
-def mean_kl(source: Float32, changed: Float32) -> NDArray[np.float64]:
+def kl_rows(source: Float32, changed: Float32) -> NDArray[np.float64]:
     """KL(source || changed) of each row of logits, (rows,) float64 in nats.
 
-    With p = softmax(a), d = a - b and c = E_p[d]:  KL = E_p[d] + log E_p[exp(-d)] = log(1 + E_p[expm1(c - d)]).
-    Only differences of logits enter, so that single precision is enough for the smallest divergences.
+    With p = softmax(a) and g = b - a less its mean under p:  KL = log E_p[exp(g)] - E_p[g], taken as
+    log1p(E_p[expm1(g)]) - E_p[g]: only differences of logits enter, so that single precision is enough for the
+    smallest divergences. Where some g exceeds 20, what p rounds to zero could matter:  KL = log sum exp(b) -
+    log sum exp(a) - E_p[b - a] is used instead.
     """
     if source.shape != changed.shape or source.ndim != 2:
         raise InvalidValueError(f"logits of one shape (rows, vocab) are compared; given {source.shape} and "
@@ -98,13 +101,16 @@ def mean_kl(source: Float32, changed: Float32) -> NDArray[np.float64]:
     result = np.empty(len(source))
     for start in range(0, len(source), _BLOCK_ROWS):
         a, b = source[start:start + _BLOCK_ROWS], changed[start:start + _BLOCK_ROWS]
-        p = np.exp(a - a.max(axis=-1, keepdims=True))
-        p /= p.sum(axis=-1, keepdims=True)
+        p, total = _softmax(a)
         gap = b - a
-        gap -= np.einsum("rv,rv->r", p, gap)[:, None]
-        # Beyond e^80 single precision has no number; a divergence of 80 nats is as bad as any.
-        growth = np.einsum("rv,rv->r", p, np.expm1(np.minimum(gap, 80.0, out=gap), out=gap), dtype=np.float64)
-        result[start:start + len(a)] = np.log1p(np.maximum(growth, 0.0))
+        mean = np.einsum("rv,rv->r", p, gap)
+        gap -= mean[:, None]
+        left = np.einsum("rv,rv->r", p, gap).astype(np.float64)  # what rounding left of the mean
+        if gap.max() <= _FAR:
+            part = np.log1p(np.einsum("rv,rv->r", p, np.expm1(gap, out=gap)).astype(np.float64)) - left
+        else:
+            part = _softmax(b)[1] - total - mean - left
+        result[start:start + len(a)] = np.maximum(part, 0.0)
     return result
 
 
@@ -120,6 +126,15 @@ def importance_of(checkpoint: Checkpoint, sample: Sample, threads: int) -> dict[
         squares[plan.head.name] = np.square(states, dtype=np.float64).mean(axis=0)
     # An input that the sample never used still counts for something.
     return {name: (square + 1e-3 * square.mean() + 1e-30).astype(np.float32) for name, square in squares.items()}
+
+
+def _softmax(logits: Float32) -> tuple[Float32, NDArray[np.float64]]:
+    """Probabilities, and log sum exp, of each row."""
+    top = logits.max(axis=-1, keepdims=True)
+    p = np.exp(logits - top)
+    total = p.sum(axis=-1, keepdims=True)
+    p /= total
+    return p, np.log(total[:, 0].astype(np.float64)) + top[:, 0]
 
 
 class Bench:
@@ -141,8 +156,16 @@ class Bench:
 
     def session(self, tokens: int, changed: Mapping[str, Any] | None = None, kv: str | None = None) -> Any:
         """A native session for sequences of `tokens`. changed: native matrices that stand in, by weight name."""
-        matrices = {**self._packed.matrices, **(changed or {})}
-        model = build_model(self.plan, PackedWeights(matrices, self._packed.nbytes, self._packed.cached), self._names)
+        changed = changed or {}
+        matrices = {**self._packed.matrices, **changed}
+        # As when it is loaded: a quantised weight takes its inputs in 8 bits.
+        def running(linear: Linear) -> Linear:
+            return replace(linear, activation="int8") if linear.name in changed else linear
+
+        plan = self.plan
+        plan = replace(plan, layers=tuple(layer_with(layer, running) for layer in plan.layers),
+                       head=None if plan.head is None else running(plan.head))
+        model = build_model(plan, PackedWeights(matrices, self._packed.nbytes, self._packed.cached), self._names)
         return _core.Session(model, kv or self.kv, tokens, 1, self.threads, tokens)
 
     def packed(self, group: TensorGroup, candidate: Candidate, importance: Importance) -> dict[str, Any]:
@@ -169,7 +192,7 @@ class Bench:
         total, count = 0.0, 0
         for source, logits in zip(reference.logits, self._logits(session, reference.windows, reference.rows),
                                   strict=True):
-            total += float(mean_kl(source, logits).sum())
+            total += float(kl_rows(source, logits).sum())
             count += len(source)
         return total / count
 

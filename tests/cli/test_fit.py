@@ -1,0 +1,58 @@
+"""The verb fit: options reach the search, the Report comes out as JSON, errors become exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from edgewise.cli import app
+from edgewise.engine.loading import model_of
+from tiny_checkpoint import tiny_checkpoint, tiny_folder
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("All work and no play makes a dull model of its reader. " * 60)
+    return tiny_folder(tmp_path / "tiny")
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_json_is_the_report_and_the_folder_is_there(source, tmp_path):
+    memory = model_of(tiny_checkpoint(), threads=1).memory.total_bytes * 7 // 10
+    done = run("fit", source, "--memory", memory, "--out", tmp_path / "out", "--text", tmp_path / "text.txt",
+               "--threads", 1, "--formats", "int8/g32,int4/g32/fp16/min", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    values = {quantity["name"]: quantity["value"] for quantity in report["quantities"]}
+    assert values["memory_bytes"] <= memory
+    assert values["written to"] == str(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_without_a_limit(source):
+    done = run("fit", source)
+    assert done.exit_code == 2
+    assert "needs a limit" in done.stderr
+
+
+def test_an_impossible_budget(source, tmp_path):
+    done = run("fit", source, "--memory", "10KB", "--text", tmp_path / "text.txt", "--out", tmp_path / "out",
+               "--threads", 1)
+    assert done.exit_code == 6
+    assert "the least memory is" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [(("--search", "deep"), "quick or full"),
+                                                (("--quality", "1.5"), "at most 1"),
+                                                (("--memory", "90MB", "--formats", "int4/x"), "granularity")])
+def test_unusable_options(source, tmp_path, words, message):
+    done = run("fit", source, "--text", tmp_path / "text.txt", *words)
+    assert done.exit_code == 2
+    assert message in done.stderr
