@@ -1,8 +1,9 @@
 """Tensor groups of a model, and the number formats that each may take.
 
 A group is what the search moves together: the embedding (with the head, where they are one table), the head, query
-and key, value, output, gate, up, down. A candidate is a format that has a kernel; within a group it replaces only the
-weights that it makes smaller, so that a weight stored in few bits is never spread over more.
+and key, value, output, gate, up, down, and the routers where there are experts. A candidate is a format that has a
+kernel; within a group it replaces only the weights that it makes smaller, so that a weight stored in few bits is never
+spread over more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import QuantFormat
 from edgewise.core.storage import Stored
 from edgewise.engine.packing import packed_nbytes, recipe_of
-from edgewise.engine.plan import Plan
+from edgewise.engine.plan import Experts, Plan
 
 __all__ = ["LADDER", "Candidate", "TensorGroup", "aligned", "candidates_of", "groups_of"]
 
@@ -69,12 +70,18 @@ def groups_of(plan: Plan, *, bands: int = 1) -> list[TensorGroup]:
     """The groups of a plan. bands: 3 takes the first two and the last two layers apart from those between."""
     members: dict[str, dict[str, Stored]] = {"embedding": {plan.embedding.name: plan.embedding.weight}}
     for index, layer in enumerate(plan.layers):
-        attention, feed_forward = layer.attention, layer.feed_forward
+        attention = layer.attention
         band = _band(index, len(plan.layers)) if bands > 1 else ""
         parts = [("query and key", attention.q), ("query and key", attention.k), ("value", attention.v),
-                 ("output", attention.o), ("up", feed_forward.up), ("down", feed_forward.down)]
-        if feed_forward.gate is not None:
-            parts.insert(4, ("gate", feed_forward.gate))
+                 ("output", attention.o)]
+        if isinstance(layer.feed_forward, Experts):
+            parts.append(("router", layer.feed_forward.router))
+            if layer.feed_forward.shared_gate is not None:
+                parts.append(("router", layer.feed_forward.shared_gate))
+        for ffn in layer.feed_forwards:
+            if ffn.gate is not None:
+                parts.append(("gate", ffn.gate))
+            parts += [("up", ffn.up), ("down", ffn.down)]
         for name, linear in parts:
             members.setdefault(f"{name}{band}", {})[linear.name] = linear.weight
     if plan.head is not None and plan.head.weight is not plan.embedding.weight:
