@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from edgewise.cli import VERBS, app, frame
 from edgewise.core.errors import BudgetError, InvalidValueError, SourceError, notice
-from edgewise.core.report import Quantity, Report
+from edgewise.core.report import Quantity, Report, Table
 
 
 def report_of_three(count: Annotated[int, typer.Option(help="How many.")] = 3) -> Report:
@@ -39,6 +39,16 @@ def test_a_verb_prints_its_report_with_its_notices():
     assert "counting" in result.stdout
     assert "4" in result.stdout
     assert "clamp: test: the count was clamped" in result.stdout
+
+
+def test_a_pipe_gets_whole_lines():
+    def wide() -> Report:
+        return Report("wide", tables=(Table("t", ("a", "b"), (("feed-forward " * 20, "x" * 200),)),))
+
+    result = invoke(wide)
+    assert ("feed-forward " * 20).strip() in result.stdout
+    assert "x" * 200 in result.stdout
+    assert all(line == line.rstrip() for line in result.stdout.splitlines())
 
 
 def test_json_is_one_document_with_the_notices():

@@ -95,7 +95,8 @@ def _print_report(report: Report, output: Output) -> None:
         print(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    sys.stdout.write(render(report, "terminal", colour=colour))
+    # What goes into a file or a pipe is not folded to a screen that nobody looks at.
+    sys.stdout.write(render(report, "terminal", colour=colour, width=None if sys.stdout.isatty() else 1000))
 
 
 def _print_notices(notices: Sequence[Notice]) -> None:

@@ -37,7 +37,7 @@ def to_terminal(report: Report, *, colour: bool, width: int | None) -> str:
         console.print(Text(f"{verdict.outcome}: {verdict.claim}{' — ' + verdict.reason if verdict.reason else ''}"))
     for item in report.notices:
         console.print(Text(str(item), style="yellow"))
-    return buffer.getvalue()
+    return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
 
 
 def _table(table: Table) -> RichTable:
