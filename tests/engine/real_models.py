@@ -68,11 +68,13 @@ def _filled(model: Any, checkpoint: Checkpoint, prefix: str = "") -> Any:
 
 
 def torch_decoder(checkpoint: Checkpoint) -> Any:
-    """A LlamaForCausalLM in float32 with the dequantised weights of the checkpoint."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The causal model of the checkpoint's family in float32, with its dequantised weights."""
+    import transformers
 
-    config = LlamaConfig(**{k: v for k, v in checkpoint.config.items() if k != "model_type"})
-    return _filled(LlamaForCausalLM(config), checkpoint)
+    config_class, model_class = {"llama": ("LlamaConfig", "LlamaForCausalLM"),
+                                 "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM")}[checkpoint.arch]
+    config = getattr(transformers, config_class)(**{k: v for k, v in checkpoint.config.items() if k != "model_type"})
+    return _filled(getattr(transformers, model_class)(config), checkpoint)
 
 
 def torch_encoder(checkpoint: Checkpoint) -> Any:
