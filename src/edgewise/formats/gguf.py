@@ -12,9 +12,10 @@ import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import FormatError, notice
-from edgewise.core.storage import LazyTensors, QuantizedTensor, Stored
+from edgewise.core.storage import Dense, LazyTensors, QuantizedTensor, Stored, rows_of
 from edgewise.formats.ggml_blocks import codec, ggml_bytes, type_of
 from edgewise.formats.gguf_config import ROPE_DIVISORS, config_of_keys, scaling_of_divisors
+from edgewise.formats.gguf_families import LONG_FACTORS, with_factors
 from edgewise.formats.gguf_file import GgufMetadata, GgufShards, read_gguf_raw
 from edgewise.formats.gguf_names import GgufArch, arch_of_file
 from edgewise.formats.gguf_rotary import split_rotary
@@ -39,7 +40,7 @@ def read_gguf(path: str | Path) -> Checkpoint:
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
         raise FormatError("key general.architecture is missing or not a string", path=path)
-    arch = arch_of_file(name, where=str(path))
+    arch = arch_of_file(name, where=str(path), experts=metadata.integer(f"{name[:64]}.expert_count", 0) > 0)
     config = config_of_keys(metadata, arch, path)
     tensors = _tensors(shards, arch, config, path)
     _complete_config(config, shards, arch, path)
@@ -71,21 +72,40 @@ def _tensors(shards: GgufShards, arch: GgufArch, config: dict[str, Any], path: P
     makers: dict[str, Callable[[], Stored]] = {}
     checked: set[str] = set()
 
+    def whole(name: str) -> Stored:
+        if name not in checked:
+            shards.home[name].check_finite(name)
+            checked.add(name)
+            release_pages(shards.home[name].raw(name))
+        return shards.stored(name)
+
     def maker(name: str, heads: int | None) -> Callable[[], Stored]:
         def make() -> Stored:
-            if name not in checked:
-                shards.home[name].check_finite(name)
-                checked.add(name)
-            stored = shards.stored(name)
+            stored = whole(name)
+            if arch.is_raised(name):
+                return Dense(stored.dense() - np.float32(arch.norm_offset))
+            if arch.is_row(name):
+                return Dense(stored.dense().reshape(1, -1))
             moved = stored if heads is None else split_rotary(stored, heads)
             release_pages(shards.home[name].raw(name))  # read for the check, and for the copy
             return moved
         return make
 
+    def expert(name: str, number: int) -> Callable[[], Stored]:
+        return lambda: rows_of(whole(name), number)
+
     for name in shards.home:
+        each = arch.stack(name)
+        if each is not None:
+            if shards.shape(name)[:1] != (config[arch.experts],) or len(shards.shape(name)) != 3:
+                raise FormatError(f"shape {shards.shape(name)}; expected a matrix for each of the "
+                                  f"{config[arch.experts]} experts", path=shards.home[name].path, tensor=name,
+                                  offset=shards.home[name].tensors[name].offset)
+            makers |= {each.replace("{e}", str(e)): expert(name, e) for e in range(config[arch.experts])}
+            continue
         theirs = arch.hf_name(name)
         if theirs is None:
-            if name != ROPE_DIVISORS:
+            if name not in (ROPE_DIVISORS, *LONG_FACTORS.values()):
                 notice("ignored", f"tensor {name} has no place in {arch.hf}", where=str(path))
             continue
         heads = arch.heads(name, config)
@@ -93,6 +113,9 @@ def _tensors(shards: GgufShards, arch: GgufArch, config: dict[str, Any], path: P
             raise FormatError(f"{shards.shape(name)[0]} rows do not divide into {heads} heads with rotary pairs",
                               path=shards.home[name].path, tensor=name, offset=shards.home[name].tensors[name].offset)
         makers[theirs] = maker(name, heads)
+    factors = {key: whole(name).dense() for key, name in LONG_FACTORS.items() if name in shards.home}
+    if factors and arch.hf == "phi3":
+        with_factors(config, factors, shards.metadata, path)
     if ROPE_DIVISORS in shards.home:
         scaling = scaling_of_divisors(shards.stored(ROPE_DIVISORS).dense(), config, path)
         if scaling is None:  # no rule that config.json can name: the engine divides by the tensor itself
@@ -115,7 +138,7 @@ def _complete_config(config: dict[str, Any], shards: GgufShards, arch: GgufArch,
         config["tie_word_embeddings"] = "output.weight" not in shards.home
         config["attention_bias"] = "blk.0.attn_q.bias" in shards.home
         config["mlp_bias"] = "blk.0.ffn_up.bias" in shards.home
-        if "sliding_window" in config:
+        if "sliding_window" in config and arch.hf == "llama":
             config["model_type"] = "mistral"
     elif "token_types.weight" in shards.home:
         config["type_vocab_size"] = shards.shape("token_types.weight")[0]

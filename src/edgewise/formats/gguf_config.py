@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewise.core.errors import FormatError, UnsupportedError, notice
+from edgewise.formats.gguf_families import complete, flattened
 from edgewise.formats.gguf_file import GgufMetadata
 from edgewise.formats.gguf_names import GgufArch
 
@@ -21,7 +22,7 @@ Float32 = NDArray[np.float32]
 
 # Keys below "<arch>." that say nothing a config.json would say, or are handled by name below.
 _SILENT = {"rope.dimension_count", "attention.value_length", "attention.causal", "pooling_type", "expert_count",
-           "expert_used_count"}
+           "expert_used_count", "expert_weights_scale", "attention.scale"}
 _LARGEST = 1 << 31
 ROPE_DIVISORS = "rope_freqs.weight"
 """The one tensor that stands for a configuration: what each rotary frequency is divided by."""
@@ -33,6 +34,8 @@ def config_of_keys(metadata: GgufMetadata, arch: GgufArch, path: Path) -> dict[s
     prefix = f"{arch.gguf}."
     for key in metadata.below(prefix):
         name = key.removeprefix(prefix)
+        if name == "attention.sliding_window" and metadata[key] == 0:
+            continue  # some converters write 0 for none
         if name in arch.keys:
             config[arch.keys[name]] = _number(metadata, key, path)
         elif name not in _SILENT and not name.startswith("rope.scaling."):
@@ -41,11 +44,10 @@ def config_of_keys(metadata: GgufMetadata, arch: GgufArch, path: Path) -> dict[s
         raise FormatError(f"key {prefix}{key} is missing, which {arch.hf} needs as {name}", path=path)
     for name, value in arch.defaults.items():
         config.setdefault(name, value)
-    if metadata.integer(f"{prefix}expert_count", 0) > 0:
-        raise UnsupportedError(f"{path}: a mixture of experts of {arch.gguf!r}, which edgewise does not run")
     if "num_attention_heads" in config and "rms_norm_eps" in config:
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
-        _check_heads(metadata, config, prefix, path)
+        _check_heads(metadata, config, prefix, path, part_may_turn=arch.hf == "phi3")
+    complete(config, metadata, arch, path)
     if "rope_theta" in config:
         config["rope_scaling"] = _scaling(metadata, prefix, config, path)
     return config
@@ -68,7 +70,8 @@ def _number(metadata: GgufMetadata, key: str, path: Path) -> int | float:
     return value
 
 
-def _check_heads(metadata: GgufMetadata, config: dict[str, Any], prefix: str, path: Path) -> None:
+def _check_heads(metadata: GgufMetadata, config: dict[str, Any], prefix: str, path: Path, *,
+                 part_may_turn: bool) -> None:
     heads = config["num_attention_heads"]
     for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim"):
         if name in config and not isinstance(config[name], int):
@@ -81,7 +84,7 @@ def _check_heads(metadata: GgufMetadata, config: dict[str, Any], prefix: str, pa
     if heads % config["num_key_value_heads"]:
         raise FormatError(f"{prefix}attention.head_count {heads} is not a multiple of head_count_kv "
                           f"{config['num_key_value_heads']}", path=path)
-    for key in ("rope.dimension_count", "attention.value_length"):
+    for key in ("attention.value_length", *(() if part_may_turn else ("rope.dimension_count",))):
         size = metadata.integer(prefix + key, config["head_dim"])
         if size != config["head_dim"]:
             raise UnsupportedError(f"{path}: {prefix}{key} is {size} where heads have {config['head_dim']} dimensions; "
@@ -138,6 +141,7 @@ def scaling_of_divisors(divisors: Float32, config: Mapping[str, Any], path: Path
 
 def keys_of_config(config: Mapping[str, Any], arch: GgufArch, *, where: str) -> dict[str, Any]:
     """GGUF's hyperparameter keys of a config.json, prefix included; integers as int, the rest as float."""
+    config = flattened(config, arch, where=where)
     rope = rope_of_config(config)
     config = {**arch.defaults, **config}
     if "rope_theta" in rope:
@@ -146,7 +150,7 @@ def keys_of_config(config: Mapping[str, Any], arch: GgufArch, *, where: str) -> 
     for key, name in arch.keys.items():
         value = config.get(name)
         if value is not None:
-            keys[f"{arch.gguf}.{key}"] = float(value) if name.endswith(("_eps", "_theta")) else int(value)
+            keys[f"{arch.gguf}.{key}"] = float(value) if name.endswith(("_eps", "_theta", "_freq")) else int(value)
     if missing := [name for name in arch.required if config.get(name) is None]:
         raise FormatError(f"the configuration lacks {', '.join(missing)}, which a GGUF file of {arch.gguf} needs",
                           path=where or None)
@@ -156,7 +160,9 @@ def keys_of_config(config: Mapping[str, Any], arch: GgufArch, *, where: str) -> 
                                    "no key for another")
     if "rope.freq_base" in arch.keys:
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        keys[f"{arch.gguf}.rope.dimension_count"] = int(size)
+        keys[f"{arch.gguf}.rope.dimension_count"] = int(size * float(config.get("partial_rotary_factor") or 1.0))
+        if "attention.scale" in config:
+            keys[f"{arch.gguf}.attention.scale"] = float(config["attention.scale"])
         keys.setdefault(f"{arch.gguf}.attention.head_count_kv", keys[f"{arch.gguf}.attention.head_count"])
         keys.update(_scaling_keys(rope, f"{arch.gguf}.rope.scaling.", where))
     else:
@@ -173,6 +179,8 @@ def _scaling_keys(rope: Mapping[str, Any], prefix: str, where: str) -> dict[str,
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in ("default", "llama3"):  # Llama 3's factors are a tensor
         return {}
+    if kind == "longrope" and prefix.startswith("phi3."):  # its factors are tensors
+        return {f"{prefix}attn_factor": float(rope["attention_factor"])}
     if kind not in ("linear", "yarn"):
         raise UnsupportedError(f"{where}: rotary scaling {kind!r} has no GGUF key; linear, yarn and llama3 have")
     keys: dict[str, Any] = {f"{prefix}type": kind, f"{prefix}factor": float(rope["factor"])}

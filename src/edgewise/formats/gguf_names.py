@@ -30,6 +30,10 @@ class GgufArch:
     also: further `model_type`s that are written as this architecture.
     float32: tensors that ggml reads in F32 only, beside all vectors.
     prefixes: what checkpoints with a task head put before the names of the model itself.
+    stacks: GGUF name template of a tensor that holds one matrix per expert -> Hugging Face's template of each, where
+    `{e}` stands for the number of the expert. experts: config key with their number, "" without experts.
+    rows: matrices of one row, which are vectors in GGUF.
+    norm_offset: what GGUF's weights of norms have been raised by; Hugging Face's multiply by that much more.
     """
 
     gguf: str
@@ -43,6 +47,10 @@ class GgufArch:
     also: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
+    stacks: Mapping[str, str] = field(default_factory=dict)
+    experts: str = ""
+    rows: tuple[str, ...] = ()
+    norm_offset: float = 0.0
 
     def hf_name(self, name: str) -> str | None:
         """The Hugging Face name of a GGUF tensor, or None when the architecture has no place for it."""
@@ -53,6 +61,26 @@ class GgufArch:
         for prefix in self.prefixes:
             name = name.removeprefix(prefix)
         return _rename(name, {theirs: ours for ours, theirs in self.tensors.items()})
+
+    def stack(self, name: str) -> str | None:
+        """The Hugging Face name of each matrix of a GGUF stack, with {e} in it; None for any other tensor."""
+        return _rename(name, self.stacks)
+
+    def place_in_stack(self, name: str) -> tuple[str, int] | None:
+        """The GGUF stack that a Hugging Face tensor belongs to, and its number there."""
+        for ours, theirs in self.stacks.items():
+            pattern = re.escape(f"{theirs}.weight").replace(r"\{i\}", r"(\d{1,6})").replace(r"\{e\}", r"(\d{1,6})")
+            if found := re.fullmatch(pattern, name):
+                return f"{ours}.weight".replace("{i}", found[1]), int(found[2])
+        return None
+
+    def is_row(self, name: str) -> bool:
+        """Whether a GGUF vector is a matrix of one row in Hugging Face's layout."""
+        return _template(name).rpartition(".")[0] in self.rows
+
+    def is_raised(self, name: str) -> bool:
+        """Whether a GGUF tensor is a norm's weight that `norm_offset` has been added to."""
+        return self.norm_offset != 0 and name.endswith("_norm.weight")
 
     def is_float32(self, name: str) -> bool:
         """Whether ggml reads a GGUF tensor in F32 only."""
@@ -140,16 +168,109 @@ _BERT = GgufArch(
     float32=("position_embd", "token_types"),
     prefixes=("bert.",),
 )
-ARCHITECTURES: tuple[GgufArch, ...] = (_LLAMA, _BERT)
+_NO_WINDOW = {key: name for key, name in _DECODER_KEYS.items() if name != "sliding_window"}
+_QWEN2 = GgufArch(
+    gguf="qwen2", hf="qwen2", keys=_NO_WINDOW, tensors=_DECODER_TENSORS, constants={"hidden_act": "silu"},
+    defaults={"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 32768},
+)
+_HEAD_NORMS = {
+    "blk.{i}.attn_q_norm": "model.layers.{i}.self_attn.q_norm",
+    "blk.{i}.attn_k_norm": "model.layers.{i}.self_attn.k_norm",
+}
+_QWEN3 = GgufArch(
+    gguf="qwen3", hf="qwen3", keys=_NO_WINDOW, tensors={**_DECODER_TENSORS, **_HEAD_NORMS},
+    constants={"hidden_act": "silu"},
+    defaults={"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 32768},
+)
+_PHI3 = GgufArch(
+    gguf="phi3", hf="phi3",
+    keys={**_DECODER_KEYS, "rope.scaling.original_context_length": "original_max_position_embeddings"},
+    tensors={
+        **{ours: theirs for ours, theirs in _DECODER_TENSORS.items()
+           if not ours.endswith(("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"))},
+        "blk.{i}.attn_qkv": "model.layers.{i}.self_attn.qkv_proj",
+        "blk.{i}.ffn_up": "model.layers.{i}.mlp.gate_up_proj",
+    },
+    constants={"hidden_act": "silu"},
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096},
+)
+_GEMMA3 = GgufArch(
+    gguf="gemma3", hf="gemma3_text",
+    keys={**_DECODER_KEYS, "attention.sliding_window_pattern": "sliding_window_pattern",
+          "rope.freq_base_swa": "rope_local_base_freq"},
+    tensors={
+        **_DECODER_TENSORS, **_HEAD_NORMS,
+        "blk.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
+        "blk.{i}.ffn_norm": "model.layers.{i}.pre_feedforward_layernorm",
+        "blk.{i}.post_ffw_norm": "model.layers.{i}.post_feedforward_layernorm",
+    },
+    constants={"hidden_activation": "gelu_pytorch_tanh"},
+    defaults={"rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "max_position_embeddings": 131_072,
+              "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6},
+    norm_offset=1.0,
+)
+_WITHOUT_FFN = {ours: theirs for ours, theirs in _DECODER_TENSORS.items() if "ffn_" not in ours or "norm" in ours}
+_MIXTRAL = GgufArch(
+    gguf="llama", hf="mixtral",
+    keys={**_DECODER_KEYS, "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+    tensors={**_WITHOUT_FFN, "blk.{i}.ffn_gate_inp": "model.layers.{i}.block_sparse_moe.gate"},
+    stacks={
+        "blk.{i}.ffn_gate_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+        "blk.{i}.ffn_down_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
+        "blk.{i}.ffn_up_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+    },
+    experts="num_local_experts",
+    constants={"hidden_act": "silu"},
+    rotary=_LLAMA.rotary,
+    required=(*_LLAMA.required, "num_local_experts", "num_experts_per_tok"),
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0, "max_position_embeddings": 131_072},
+)
+_QWEN_EXPERT_KEYS = {
+    "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+_QWEN_EXPERTS = {
+    f"blk.{{i}}.ffn_{part}_exps": f"model.layers.{{i}}.mlp.experts.{{e}}.{part}_proj"
+    for part in ("gate", "up", "down")}
+_QWEN2MOE = GgufArch(
+    gguf="qwen2moe", hf="qwen2_moe",
+    keys={**_NO_WINDOW, **_QWEN_EXPERT_KEYS,
+          "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    tensors={
+        **_WITHOUT_FFN,
+        "blk.{i}.ffn_gate_inp": "model.layers.{i}.mlp.gate",
+        "blk.{i}.ffn_gate_inp_shexp": "model.layers.{i}.mlp.shared_expert_gate",
+        **{f"blk.{{i}}.ffn_{part}_shexp": f"model.layers.{{i}}.mlp.shared_expert.{part}_proj"
+           for part in ("gate", "up", "down")},
+    },
+    stacks=_QWEN_EXPERTS, experts="num_experts", rows=("blk.{i}.ffn_gate_inp_shexp",),
+    constants={"hidden_act": "silu", "norm_topk_prob": False, "decoder_sparse_step": 1},
+    required=(*_LLAMA.required, *_QWEN_EXPERT_KEYS.values(), "shared_expert_intermediate_size"),
+    defaults=_QWEN2.defaults,
+)
+_QWEN3MOE = GgufArch(
+    gguf="qwen3moe", hf="qwen3_moe", keys={**_NO_WINDOW, **_QWEN_EXPERT_KEYS},
+    tensors={**_WITHOUT_FFN, **_HEAD_NORMS, "blk.{i}.ffn_gate_inp": "model.layers.{i}.mlp.gate"},
+    stacks=_QWEN_EXPERTS, experts="num_experts",
+    constants={"hidden_act": "silu", "norm_topk_prob": True, "decoder_sparse_step": 1},
+    required=(*_LLAMA.required, *_QWEN_EXPERT_KEYS.values()),
+    defaults=_QWEN3.defaults,
+)
+ARCHITECTURES: tuple[GgufArch, ...] = (
+    _LLAMA, _BERT, _QWEN2, _QWEN3, _PHI3, _GEMMA3, _MIXTRAL, _QWEN2MOE, _QWEN3MOE)
 
 
-def arch_of_file(name: str, *, where: str) -> GgufArch:
-    """The table of a file's general.architecture."""
+def arch_of_file(name: str, *, where: str, experts: bool = False) -> GgufArch:
+    """The table of a file's general.architecture. experts: the file says that it has some."""
     for arch in ARCHITECTURES:
-        if arch.gguf == name:
+        if arch.gguf == name and bool(arch.experts) == experts:
             return arch
-    raise UnsupportedError(f"{where}: architecture {name!r}; edgewise reads {', '.join(a.gguf for a in ARCHITECTURES)} "
-                           "from GGUF files (`edgewise inspect` shows any file)")
+    known = {arch.gguf: None for arch in ARCHITECTURES}
+    if name in known:
+        raise UnsupportedError(f"{where}: {name!r} {'with' if experts else 'without'} experts is none that edgewise "
+                               "reads")
+    raise UnsupportedError(f"{where}: architecture {name!r}; edgewise reads {', '.join(known)} from GGUF files "
+                           "(`edgewise inspect` shows any file)")
 
 
 def arch_of_config(model_type: str, *, where: str) -> GgufArch:

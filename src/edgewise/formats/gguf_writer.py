@@ -16,8 +16,9 @@ from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, InvalidValueError, UnsupportedError, notice
 from edgewise.core.storage import Dense, Stored
 from edgewise.formats.cache import Progress, write_aside
-from edgewise.formats.ggml_blocks import WRITTEN, codec, ggml_bytes, type_of
+from edgewise.formats.ggml_blocks import WRITTEN, codec, ggml_bytes, stored_of, type_of
 from edgewise.formats.gguf_config import ROPE_DIVISORS, keys_of_config, llama3_divisors, rope_of_config
+from edgewise.formats.gguf_families import flattened, long_factors
 from edgewise.formats.gguf_file import ARRAY, BOOL, NUMBERS, STRING
 from edgewise.formats.gguf_names import GgufArch, arch_of_config
 from edgewise.formats.gguf_rotary import interleave_rotary
@@ -71,7 +72,12 @@ def _always(stored: Stored) -> Callable[[], Stored]:
 def _tensors(checkpoint: Checkpoint, arch: GgufArch, types: Types, where: str) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    stacks: dict[str, dict[int, str]] = {}
     for name in checkpoint.tensors:
+        place = arch.place_in_stack(name)
+        if place is not None:
+            stacks.setdefault(place[0], {})[place[1]] = name
+            continue
         theirs = arch.gguf_name(name)
         if name == ROPE_DIVISORS:
             theirs = name
@@ -84,8 +90,16 @@ def _tensors(checkpoint: Checkpoint, arch: GgufArch, types: Types, where: str) -
             raise FormatError(f"two tensors would be written as {theirs}", path=where, tensor=name)
         stored = checkpoint.tensors[name]
         kind = "F32" if len(stored.shape) < 2 or arch.is_float32(theirs) else _choose(name, stored, types, where)
-        entries[theirs] = (kind, stored.shape, _maker(checkpoint, name, arch.heads(theirs, _with_heads(checkpoint))))
-    rope = rope_of_config(checkpoint.config)
+        shape = stored.shape
+        if arch.is_row(theirs):
+            kind, shape = "F32", (math.prod(shape),)
+        entries[theirs] = (kind, shape, _maker(checkpoint, name, theirs, arch))
+    for theirs, names in stacks.items():
+        entries[theirs] = _stack(checkpoint, theirs, names, int(checkpoint.config[arch.experts]), types, where)
+    rope = rope_of_config(flattened(checkpoint.config, arch, where=where))
+    if rope.get("rope_type") == "longrope" and arch.hf == "phi3":
+        entries |= {name: ("F32", factors.shape, _always(Dense(factors)))
+                    for name, factors in long_factors(checkpoint.config, rope, where).items()}
     if rope.get("rope_type", rope.get("type")) == "llama3":
         divisors = llama3_divisors({**arch.defaults, **checkpoint.config, **rope}, rope)
         entries[ROPE_DIVISORS] = ("F32", divisors.shape, _always(Dense(divisors)))
@@ -101,10 +115,31 @@ def _with_heads(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _maker(checkpoint: Checkpoint, name: str, heads: int | None) -> Callable[[], Stored]:
-    if heads is None:
-        return lambda: checkpoint.tensors[name]
-    return lambda: interleave_rotary(checkpoint.tensors[name], heads)
+def _maker(checkpoint: Checkpoint, name: str, theirs: str, arch: GgufArch) -> Callable[[], Stored]:
+    heads = arch.heads(theirs, _with_heads(checkpoint))
+    if heads is not None:
+        return lambda: interleave_rotary(checkpoint.tensors[name], heads)
+    if arch.is_raised(theirs):
+        return lambda: Dense(checkpoint.tensors[name].dense() + np.float32(arch.norm_offset))
+    if arch.is_row(theirs):
+        return lambda: Dense(np.ascontiguousarray(checkpoint.tensors[name].dense().reshape(-1)))
+    return lambda: checkpoint.tensors[name]
+
+
+def _stack(checkpoint: Checkpoint, theirs: str, names: Mapping[int, str], experts: int, types: Types,
+           where: str) -> Entry:
+    """One tensor of the matrices of all experts, in the type that the first is written in."""
+    if names.keys() != set(range(experts)):
+        raise FormatError(f"{theirs} needs a matrix for each of the {experts} experts; the checkpoint has "
+                          f"{len(names)}", path=where, tensor=next(iter(names.values())))
+    first = checkpoint.tensors[names[0]]
+    kind = _choose(names[0], first, types, where)
+
+    def make() -> Stored:
+        raw = np.concatenate([ggml_bytes(checkpoint.tensors[names[e]], kind) for e in range(experts)])
+        return stored_of(kind, raw, (experts, *first.shape))
+
+    return kind, (experts, *first.shape), make
 
 
 def _choose(name: str, stored: Stored, types: Types, where: str) -> str:

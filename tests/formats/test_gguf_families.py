@@ -1,0 +1,105 @@
+"""Every family of GGUF's table, from a tiny Hugging Face model through a file: the same logits; what files mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgewise.core.checkpoint import Checkpoint
+from edgewise.core.errors import UnsupportedError, collect_notices
+from edgewise.core.storage import Dense, Stored
+from edgewise.engine.archs import plan_of
+from edgewise.formats.gguf import read_gguf, write_gguf
+from edgewise.formats.gguf_file import GgufShards
+
+IDS = np.arange(3, 75)
+
+
+def written(checkpoint: Checkpoint, path: Path, types: Any = "keep") -> Checkpoint:
+    with collect_notices():
+        write_gguf(checkpoint, path, types)
+        return read_gguf(path)
+
+
+def gemma3(**changes: Any) -> Checkpoint:
+    """Gemma 3 of one layer without torch."""
+    rng = np.random.default_rng(0)
+    shapes = {"embed_tokens": (32, 64), "norm": (64,)}
+    for part, shape in (("self_attn.q_proj", (64, 64)), ("self_attn.k_proj", (32, 64)), ("self_attn.v_proj", (32, 64)),
+                        ("self_attn.o_proj", (64, 64)), ("self_attn.q_norm", (32,)), ("self_attn.k_norm", (32,)),
+                        ("mlp.gate_proj", (96, 64)), ("mlp.up_proj", (96, 64)), ("mlp.down_proj", (64, 96)),
+                        ("input_layernorm", (64,)), ("post_attention_layernorm", (64,)),
+                        ("pre_feedforward_layernorm", (64,)), ("post_feedforward_layernorm", (64,))):
+        shapes[f"layers.0.{part}"] = shape
+    tensors: dict[str, Stored] = {f"model.{name}.weight": Dense(rng.normal(0, 0.3, shape).astype(np.float32))
+                                  for name, shape in shapes.items()}
+    config = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 32, "max_position_embeddings": 64,
+              "sliding_window": 8, "query_pre_attn_scalar": 32, "tie_word_embeddings": True, **changes}
+    return Checkpoint("gemma3_text", config, tensors, source="tiny")
+
+
+def test_norms_of_gemma3_are_raised_by_one_in_the_file_alone(tmp_path: Path) -> None:
+    checkpoint = gemma3()
+    back = written(checkpoint, tmp_path / "m.gguf")
+    raw = GgufShards.open(tmp_path / "m.gguf")
+    for theirs, ours in (("blk.0.attn_norm", "layers.0.input_layernorm"), ("output_norm", "norm"),
+                         ("blk.0.attn_q_norm", "layers.0.self_attn.q_norm"),
+                         ("blk.0.post_ffw_norm", "layers.0.post_feedforward_layernorm"),
+                         ("blk.0.ffn_norm", "layers.0.pre_feedforward_layernorm")):
+        weight = checkpoint.tensors[f"model.{ours}.weight"].dense()
+        np.testing.assert_array_equal(raw.stored(f"{theirs}.weight").dense(), weight + np.float32(1))
+        np.testing.assert_allclose(back.tensors[f"model.{ours}.weight"].dense(), weight, atol=1.2e-7)
+    assert back.arch == "gemma3_text"
+    assert raw.metadata["gemma3.rope.freq_base_swa"] == 10_000.0
+    assert "gemma3.attention.scale" not in raw.metadata
+
+
+def test_gemma3_multiplies_by_the_very_weight_of_the_file(tmp_path: Path) -> None:
+    """Lowered by one and raised again, a weight comes back to the bit."""
+    first = written(gemma3(), tmp_path / "a.gguf")
+    raw = GgufShards.open(tmp_path / "a.gguf").stored("blk.0.attn_norm.weight").dense()
+    np.testing.assert_array_equal(plan_of(first).layers[0].attention_norm.weight, raw)
+
+
+def test_a_scale_that_gguf_does_not_imply_has_its_key_and_a_notice(tmp_path: Path) -> None:
+    with collect_notices() as notices:
+        write_gguf(gemma3(query_pre_attn_scalar=20), tmp_path / "m.gguf")
+    assert any("query_pre_attn_scalar" in n.message for n in notices)
+    assert plan_of(read_gguf(tmp_path / "m.gguf")).layers[0].attention.scale == pytest.approx(20**-0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"layer_types": ["sliding_attention"], "num_hidden_layers": 1}, None),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e6},
+                          "sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "local layers scale"),
+])
+def test_what_gemma3s_keys_cannot_say(tmp_path: Path, changes: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        assert plan_of(written(gemma3(**changes), tmp_path / "m.gguf")).layers[0].attention.policy.window == 8
+        return
+    with pytest.raises(UnsupportedError, match=message):
+        write_gguf(gemma3(**changes), tmp_path / "m.gguf")
+
+
+@pytest.mark.slow
+class TestFamilies:
+    NAMES = ("qwen2", "qwen3", "qwen3 biases", "phi3", "phi3 window", "phi3 short", "phi3 long", "phi3 part", "gemma3",
+             "gemma3 scaled")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_logits_survive_a_file(self, name: str, tmp_path: Path) -> None:
+        import tiny_models
+        from reference import forward
+
+        checkpoint = tiny_models.checkpoint_of(tiny_models.build(name))
+        back = written(checkpoint, tmp_path / "m.gguf")
+        with collect_notices():
+            plan, expected = plan_of(back), forward(plan_of(checkpoint), IDS)
+        assert back.arch == checkpoint.arch
+        # The file holds attention factors and norms in float32, and so two roundings more.
+        assert np.abs(forward(plan, IDS) - expected).max() < 2e-6 * np.abs(expected).max()
