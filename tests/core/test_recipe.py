@@ -23,9 +23,9 @@ def test_agreement(kind, value, tolerance, yes, no):
 
 def test_recipe_json_leaves_run_out():
     recipe = Recipe("arXiv:1", (Claim("c", "w", "m", 1.0),), {"smoke": {"n": 1}}, {"n": "paper"}, 3,
-                    lambda scale: Report(scale))
+                    lambda settings, seed, ablate: Report(f"{settings['n']} {seed} {ablate}"), "A system")
     assert Recipe.from_json(recipe.to_json()) == recipe
-    assert recipe.run("smoke").title == "smoke"
+    assert recipe.run(recipe.scales["smoke"], 3, True).title == "1 3 True"
     assert repr(recipe) == "Recipe(arXiv:1: 1 claims, smoke)"
 
 

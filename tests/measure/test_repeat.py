@@ -8,7 +8,7 @@ import random
 import pytest
 
 from edgewise.core.errors import InvalidValueError
-from edgewise.measure.repeat import Sample, compare, median_interval, repeat, time_call
+from edgewise.measure.repeat import Sample, compare, median_interval, repeat, rounds, time_call
 
 
 def coverage(n: int, k: int) -> float:
@@ -82,3 +82,21 @@ def test_time_call_runs_it_once():
 def test_refusals(make):
     with pytest.raises(InvalidValueError):
         make()
+
+
+def test_rounds_run_everything_once_per_round_in_random_order():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    costs = iter(range(1000))
+
+    def measure(call):
+        call()
+        return float(next(costs))
+
+    found = rounds(calls, warmup=1, repeats=8, seed=1, measure=measure)
+    turns = [order[i:i + 3] for i in range(0, len(order), 3)]
+    assert len(turns) == 9
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1
+    for name in "abc":
+        assert found[name].values == tuple(float(3 * i + turn.index(name)) for i, turn in enumerate(turns) if i)

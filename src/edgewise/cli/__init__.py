@@ -22,6 +22,8 @@ VERBS: dict[str, str] = {
     "inspect": "Show what is in a model file: tensors, formats, sizes, template, licence.",
     "perplexity": "Measure how well a model predicts a text.",
     "bench": "Measure the speed of a model against what the machine can do.",
+    "reproduce": "Run a published system's recipe and judge its claims.",
+    "coverage": "Show which techniques of the field are here, each with its test.",
     "device": "Measure this machine, or list the devices that ship with edgewise.",
 }
 """Every verb with its one-line help. A row whose module is not part of the installation is not listed."""

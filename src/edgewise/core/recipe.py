@@ -10,10 +10,11 @@ from edgewise.core.errors import InvalidValueError
 from edgewise.core.plain import Plain
 from edgewise.core.report import Report
 
-__all__ = ["Choice", "Claim", "Recipe", "Scale"]
+__all__ = ["Choice", "Claim", "Recipe", "Run", "Scale"]
 
 Scale = Literal["smoke", "small", "paper"]
 Choice = Literal["paper", "code", "abstract", "inferred"]
+Run = Callable[[Mapping[str, Any], int, bool], Report]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Claim(Plain):
     kind equal: within `tolerance` of `value`; at-least, at-most: `value` less or plus `tolerance` is the bound;
     order: `metric` of a comparison, true when the first is the better one by `tolerance`;
     trend: the sign of `value` is the direction, a change beyond `tolerance` agrees.
+    ablation: about what happens with the mechanism switched off; only a run with ablation measures it.
     """
 
     text: str
@@ -31,6 +33,7 @@ class Claim(Plain):
     value: float
     kind: Literal["equal", "at-least", "at-most", "order", "trend"] = "equal"
     tolerance: float = 0.0
+    ablation: bool = False
 
     def __post_init__(self) -> None:
         if not self.tolerance >= 0:
@@ -55,7 +58,9 @@ class Claim(Plain):
 class Recipe(Plain):
     """sources: for each choice by name, whether the paper, its code or its abstract says so, or we inferred it.
 
-    scales: the settings of each scale. run: (scale) -> Report.
+    scales: the settings of each scale; "seeds" among them is how many seeds it takes, 1 if not said.
+    run: (settings of the scale, seed, ablate) -> Report whose quantities are the claims' metrics; one that cannot be
+    measured here is None, and a notice says why. ablate: measure with the mechanism switched off too.
     """
 
     paper: str
@@ -63,7 +68,8 @@ class Recipe(Plain):
     scales: Mapping[str, Mapping[str, Any]]
     sources: Mapping[str, Choice] = field(default_factory=dict)
     seed: int = 0
-    run: Callable[[Scale], Report] | None = field(default=None, metadata={"plain": False}, compare=False)
+    run: Run | None = field(default=None, metadata={"plain": False}, compare=False)
+    title: str = ""
 
     def __repr__(self) -> str:
         return f"Recipe({self.paper}: {len(self.claims)} claims, {', '.join(self.scales)})"

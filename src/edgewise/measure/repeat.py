@@ -14,14 +14,15 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.report import Quantity
 
-__all__ = ["Comparison", "Sample", "compare", "median_interval", "repeat", "time_call"]
+__all__ = ["Comparison", "Sample", "compare", "median_interval", "repeat", "rounds",
+           "time_call"]
 
 
 def time_call(call: Callable[[], Any]) -> float:
@@ -97,6 +98,23 @@ def repeat(call: Callable[[], Any], *, warmup: int = 1, repeats: int = 7,
     for _ in range(warmup):
         call()
     return Sample(tuple(measure(call) for _ in range(repeats)))
+
+
+def rounds(calls: Mapping[str, Callable[[], Any]], *, warmup: int = 1, repeats: int = 7, seed: int = 0,
+           measure: Callable[[Callable[[], Any]], float] = time_call) -> dict[str, Sample]:
+    """Run every call once per round, in random order within the round, and keep the rounds after the warm-up.
+
+    So a slow moment of the machine falls on all of them. seed: of the order. measure: what one run costs.
+    """
+    _check(warmup, repeats, "repeats")
+    order = random.Random(seed)
+    costs: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warmup + repeats):
+        for name in order.sample(sorted(calls), len(calls)):
+            cost = measure(calls[name])
+            if turn >= warmup:
+                costs[name].append(cost)
+    return {name: Sample(tuple(values)) for name, values in costs.items()}
 
 
 def compare(first: Callable[[], Any], second: Callable[[], Any], *, warmup: int = 1, pairs: int = 15, seed: int = 0,

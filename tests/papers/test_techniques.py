@@ -1,0 +1,132 @@
+"""Each technique of the coverage registry, on and off, and the effect with its sign. Named by papers/coverage.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgewise.core.budget import Budget
+from edgewise.core.checkpoint import Checkpoint
+from edgewise.core.device import Device, Tier, Unit
+from edgewise.core.errors import collect_notices
+from edgewise.core.storage import Dense
+from edgewise.engine import load
+from edgewise.engine.archs import plan_of
+from edgewise.engine.bench import Limits, bench, modelled_joules
+from edgewise.engine.loading import model_of
+from edgewise.engine.memory import kv_bytes
+from edgewise.engine.score import kl_divergence
+from edgewise.engine.workload import workload_of
+from edgewise.formats import write_gguf
+from edgewise.measure.energy import Energy, EnergyMeter
+from tiny_checkpoint import tiny_checkpoint, tiny_folder
+
+IDS = np.random.default_rng(0).integers(0, 256, 96).tolist()
+
+
+class Constant(EnergyMeter):
+    """A meter of a machine that always takes 5 W."""
+
+    def __init__(self):
+        super().__init__()
+        self.source = "a constant"
+
+    def measure(self, call):
+        call()
+        return Energy(5.0 * 0.25, 0.25, self.source)
+
+
+def test_f1_indicators_move_with_the_model(tmp_path):
+    def indicators(layers, meter):
+        with collect_notices():
+            report = bench(tiny_checkpoint(hidden=256, width=1024, layers=layers), prompts=(8,), generated=(4,),
+                           threads=(1,), repeats=1, limits=Limits(1e10, 1e11, 1e11), meter=meter)
+        decode = dict(zip(report.tables[1].columns, report.tables[1].rows[1], strict=True))
+        return {"storage": report.tables[0].rows[0][1], "bytes": decode["GB/s"] / decode["token/s"],
+                "joules": decode["J/token"], "memory": report["anonymous memory"]}
+
+    off, on = indicators(1, EnergyMeter(tmp_path)), indicators(8, Constant())
+    assert on["storage"] > off["storage"]
+    assert on["bytes"] > off["bytes"]
+    assert on["memory"] > off["memory"] > 0
+    assert on["joules"] == pytest.approx(5.0 * 0.25 / 4)
+    assert off["joules"] is None
+
+
+def divergence(**options):
+    """Mean KL from the float model on a fixed sequence, nats."""
+    checkpoint = tiny_checkpoint()
+    with collect_notices():
+        exact = model_of(checkpoint, threads=1, cache=False, kv="fp32").forward(IDS)
+        other = model_of(checkpoint, threads=1, cache=False, **{"kv": "fp32", **options}).forward(IDS)
+    return float(kl_divergence(exact, other).mean())
+
+
+def test_f2_more_bits_less_divergence():
+    off = divergence()
+    on = [divergence(format=f"int{bits}/g32/fp16/min") for bits in (8, 6, 4, 3, 2)]
+    assert off == 0
+    assert on == sorted(on)
+    assert on[0] > off
+    assert on[-1] > 10 * on[0]
+
+
+def test_a1_fewer_key_heads_less_cache():
+    on, off = (kv_bytes(plan_of(tiny_checkpoint(hidden=128, heads=4, kv_heads=heads)), "fp16", 256) for heads in (1, 4))
+    assert on * 4 == off
+
+
+def test_a11_a_coarser_cache_is_smaller_and_less_exact():
+    def size(kv):
+        return model_of(tiny_checkpoint(), threads=1, cache=False, kv=kv).memory.kv_bytes
+
+    off = (divergence(kv="fp32"), size("fp32"))
+    on = [(divergence(kv=kv), size(kv)) for kv in ("int8", "int4")]
+    assert off[0] == 0 < on[0][0] < on[1][0]
+    assert off[1] > on[0][1] > on[1][1]
+
+
+def test_h1_the_native_path_reads_packed_weights(tmp_path):
+    checkpoint = tiny_checkpoint(hidden=128, width=256)
+    with collect_notices():
+        write_gguf(checkpoint, tmp_path / "packed.gguf", "Q4_0")
+        on = load(tmp_path / "packed.gguf", threads=1, cache=False, kv="fp32")
+        from edgewise.formats import open_checkpoint
+
+        packed = open_checkpoint(str(tmp_path / "packed.gguf"))
+        floats = {name: Dense(np.asarray(stored.dense(), np.float32)) for name, stored in packed.tensors.items()}
+        twin = Checkpoint(packed.arch, packed.config, floats, packed.metadata, source="twin")
+        off = model_of(twin, threads=1, cache=False, kv="fp32")
+    moved = [workload_of(plan_of(source), model.packed.matrices).weight_bytes
+             for source, model in ((packed, on), (twin, off))]
+    assert on.packed.nbytes < off.packed.nbytes
+    assert moved[0] < moved[1] / 3
+    assert float(kl_divergence(off.forward(IDS), on.forward(IDS)).mean()) < 0.02
+
+
+def test_h3_a_device_table_prices_a_step():
+    checkpoint = tiny_checkpoint()
+    step = workload_of(plan_of(checkpoint), model_of(checkpoint, threads=1, cache=False).packed.matrices)
+
+    def board(j_per_byte):
+        return Device("board", (Tier("ram", j_per_byte=j_per_byte),), (Unit("cpu", j_per_op={"fp32": 1e-12}),),
+                      idle_w=0.0)
+
+    on, off = modelled_joules(step, 1.0, board(2e-10))[0], modelled_joules(step, 1.0, board(None))[0]
+    assert off is None
+    assert on == pytest.approx(2e-10 * step.moved_bytes + 2e-12 * step.macs)
+    assert on > modelled_joules(step, 1.0, board(1e-10))[0]
+
+
+@pytest.mark.slow
+def test_u7_a_budget_and_its_cost_in_one_report(tmp_path):
+    from edgewise.fit import fit
+
+    source = tiny_folder(tmp_path / "source", hidden=128, width=256, layers=2)
+    with collect_notices():
+        whole = model_of(tiny_checkpoint(hidden=128, width=256, layers=2), threads=1, cache=False, context=256).memory
+        off = fit(str(source), Budget(memory_bytes=2 * whole.total_bytes), context=256, threads=1, out=tmp_path / "off")
+        on = fit(str(source), Budget(memory_bytes=whole.total_bytes * 6 // 10), context=256, threads=1,
+                 out=tmp_path / "on")
+    assert on.report["memory_bytes"] < off.report["memory_bytes"]
+    assert on.report["quality"] < off.report["quality"] <= 1
