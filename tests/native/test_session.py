@@ -226,7 +226,8 @@ def test_a_model_checks_its_shapes():
     linear, norm = _core.Linear(weight), _core.Norm("rms", np.ones(16, np.float32), None, 1e-5)
     good = {"q": linear, "k": linear, "v": linear, "o": linear, "gate": None, "up": linear, "down": linear,
             "attention_norm": norm, "feed_forward_norm": norm, "heads": 1, "kv_heads": 1, "head_dim": 16, "scale": 1.0,
-            "rope": -1, "visible": "causal", "window": 0, "function": "relu", "post_norm": False}
+            "rope": -1, "visible": "causal", "window": 0, "function": "relu", "post_norm": False,
+            "q_norm": None, "k_norm": None, "after_attention": None, "after_feed_forward": None}
     for changes, message in [
             ({"heads": 3, "kv_heads": 2}, "heads is not a multiple of kv_heads"), ({"head_dim": 1024}, "at most 512"),
             ({"heads": 2}, r"q is \(16, 16\); expected \(32, 16\)"), ({"rope": 0}, "rope index out of range"),
