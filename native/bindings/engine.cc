@@ -54,9 +54,23 @@ void check_layer(const Model& m, const Layer& l, size_t index) {
   shape(l.k, "k", kv, m.hidden);
   shape(l.v, "v", kv, m.hidden);
   shape(l.o, "o", m.hidden, q);
-  shape(l.up, "up", l.up.rows(), m.hidden);
-  if (l.gate.present()) shape(l.gate, "gate", l.up.rows(), m.hidden);
-  shape(l.down, "down", m.hidden, l.up.rows());
+  auto gated = [&](const Linear& gate, const Linear& up, const Linear& down) {
+    shape(up, "up", up.rows(), m.hidden);
+    if (gate.present()) shape(gate, "gate", up.rows(), m.hidden);
+    shape(down, "down", m.hidden, up.rows());
+  };
+  if (l.experts) {
+    const Experts& e = *l.experts;
+    if (e.routed == 0 || e.top_k == 0 || e.top_k > e.routed || e.experts.size() < e.routed || e.experts.size() > e.routed + 1)
+      fail("a token goes through " + std::to_string(e.top_k) + " of " + std::to_string(e.routed) + " experts, but there are " +
+           std::to_string(e.experts.size()));
+    shape(e.router, "router", e.routed, m.hidden);
+    if (e.shared_gate.present()) shape(e.shared_gate, "shared gate", 1, m.hidden);
+    for (const FeedForward& expert : e.experts) gated(expert.gate, expert.up, expert.down);
+    if (l.post_norm || l.after_feed_forward.kind != Norm::Kind::None) fail("what experts give is added as it is");
+  } else {
+    gated(l.gate, l.up, l.down);
+  }
   if (l.rope >= 0) {
     if (static_cast<size_t>(l.rope) >= m.ropes.size()) fail("rope index out of range");
     if (2 * m.ropes[static_cast<size_t>(l.rope)].inverse_frequency.size() > l.head_dim) fail("rotary dimensions exceed head_dim");
@@ -82,6 +96,10 @@ T pick(const std::string& what, const std::string& name, std::initializer_list<s
   for (const auto& [key, value] : choices)
     if (name == key) return value;
   throw std::invalid_argument("unknown " + what + " " + name);
+}
+
+Gate function_named(const std::string& name) {
+  return pick<Gate>("function", name, {{"silu", Gate::Silu}, {"gelu", Gate::Gelu}, {"gelu_tanh", Gate::GeluTanh}, {"relu", Gate::Relu}});
 }
 
 nb::object new_array(std::vector<size_t> shape, float** data) {
@@ -112,6 +130,14 @@ void bind_engine(nb::module_& m) {
     new (self) Norm(make_norm(kind, weight, bias, eps));
   }, "kind"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
 
+  nb::class_<Experts>(m, "Experts", "A routed feed-forward; see engine/plan.py")
+      .def("__init__", [](Experts* self, const Linear& router, const Linear* shared_gate, size_t routed, size_t top_k, bool normalise) {
+             new (self) Experts{router, shared_gate ? *shared_gate : Linear{}, {}, routed, top_k, normalise};
+           }, "router"_a, "shared_gate"_a.none(), "routed"_a, "top_k"_a, "normalise"_a)
+      .def("add", [](Experts& experts, const Linear* gate, const Linear& up, const Linear& down, const std::string& function) {
+             experts.experts.push_back({gate ? *gate : Linear{}, up, down, function_named(function)});
+           }, "gate"_a.none(), "up"_a, "down"_a, "function"_a, "The next expert; the shared one comes last");
+
   nb::class_<Model>(m, "Model", "Weights of a Plan; see engine/plan.py")
       .def("__init__", [](Model* self, size_t hidden, size_t vocab, size_t context) {
              new (self) Model();
@@ -141,23 +167,24 @@ void bind_engine(nb::module_& m) {
              model.ropes.push_back({copy(inverse_frequency), attention_factor});
              return model.ropes.size() - 1;
            }, "inverse_frequency"_a, "attention_factor"_a)
-      .def("add_layer", [](Model& model, const Linear& q, const Linear& k, const Linear& v, const Linear& o, const Linear* gate, const Linear& up,
-                           const Linear& down, const Norm& attention_norm, const Norm& feed_forward_norm, size_t heads, size_t kv_heads,
+      .def("add_layer", [](Model& model, const Linear& q, const Linear& k, const Linear& v, const Linear& o, const Linear* gate, const Linear* up,
+                           const Linear* down, const Norm& attention_norm, const Norm& feed_forward_norm, size_t heads, size_t kv_heads,
                            size_t head_dim, float scale, int rope, const std::string& visible, size_t window, const std::string& function, bool post_norm,
-                           const Norm* q_norm, const Norm* k_norm, const Norm* after_attention, const Norm* after_feed_forward) {
+                           const Norm* q_norm, const Norm* k_norm, const Norm* after_attention, const Norm* after_feed_forward,
+                           const Experts* experts) {
+             auto or_absent = [](const Linear* linear) { return linear ? *linear : Linear{}; };
              auto or_none = [](const Norm* norm) { return norm ? *norm : Norm{}; };
-             Layer layer{q, k, v, o, gate ? *gate : Linear{}, up, down, attention_norm, feed_forward_norm, or_none(q_norm), or_none(k_norm),
+             Layer layer{q, k, v, o, or_absent(gate), or_absent(up), or_absent(down), attention_norm, feed_forward_norm, or_none(q_norm), or_none(k_norm),
                          or_none(after_attention), or_none(after_feed_forward), heads, kv_heads, head_dim, scale, rope,
                          pick<Visible>("policy", visible, {{"causal", Visible::Causal}, {"sliding", Visible::Sliding}, {"full", Visible::Full}}),
                          window,
-                         pick<Gate>("function", function, {{"silu", Gate::Silu}, {"gelu", Gate::Gelu}, {"gelu_tanh", Gate::GeluTanh}, {"relu", Gate::Relu}}),
-                         post_norm};
+                         function_named(function), post_norm, experts ? std::make_shared<const Experts>(*experts) : nullptr};
              check_layer(model, layer, model.layers.size());
              model.layers.push_back(std::move(layer));
-           }, "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a.none(), "up"_a, "down"_a, "attention_norm"_a, "feed_forward_norm"_a, "heads"_a, "kv_heads"_a,
+           }, "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a.none(), "up"_a.none(), "down"_a.none(), "attention_norm"_a, "feed_forward_norm"_a, "heads"_a, "kv_heads"_a,
            "head_dim"_a, "scale"_a, "rope"_a, "visible"_a, "window"_a, "function"_a, "post_norm"_a,
            "q_norm"_a.none() = nb::none(), "k_norm"_a.none() = nb::none(), "after_attention"_a.none() = nb::none(),
-           "after_feed_forward"_a.none() = nb::none())
+           "after_feed_forward"_a.none() = nb::none(), "experts"_a.none() = nb::none())
       .def_prop_ro("layers", [](const Model& model) { return model.layers.size(); });
 
   nb::class_<Choice>(m, "Choice").def_ro("token", &Choice::token).def_ro("logprob", &Choice::logprob).def_ro("alternatives", &Choice::alternatives);

@@ -70,6 +70,14 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     kv_width = std::max(kv_width, layer.kv_heads * layer.head_dim);
     ffn_width = std::max(ffn_width, layer.up.rows());
     normed_after |= layer.after_attention.kind != Norm::Kind::None || layer.after_feed_forward.kind != Norm::Kind::None;
+    if (layer.experts) {
+      const Experts& experts = *layer.experts;
+      for (const FeedForward& expert : experts.experts) {
+        ffn_width = std::max(ffn_width, expert.up.rows());
+        max_cols_ = std::max({max_cols_, expert.up.cols(), expert.down.cols()});
+      }
+      add_experts(experts, layer_kernels_.back());
+    }
     const size_t chunks = (config_.context + kChunk - 1) / kChunk;
     partial = std::max(partial, layer.heads * chunks * (layout.padded() + 2));
   }
@@ -86,14 +94,25 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   k_ = Pages(n * kv_stride_ * 4);
   v_ = Pages(n * kv_stride_ * 4);
   attention_ = Pages(n * q_stride_ * 4);
-  ffn_ = Pages(n * ffn_stride_ * 4);
-  if (normed_after) branch_ = Pages(n * hidden_stride_ * 4);
+  ffn_ = Pages(n * std::max<size_t>(per_token_, 1) * ffn_stride_ * 4);
+  if (normed_after || per_token_ > 0) branch_ = Pages(n * hidden_stride_ * 4);
   partial_ = Pages(partial * 4);
   const size_t whole = std::max<size_t>(n, kLanes);
   input_nbytes_int8_ = Activations::nbytes_int8(whole, max_cols_, kLanes);
   shared_inputs_ = Pages(input_nbytes_int8_ + Activations::nbytes_float(whole, max_cols_, kLanes));
   const size_t one = Activations::nbytes_int8(1, max_cols_, 1) + Activations::nbytes_float(1, max_cols_, 1);
+  if (per_token_ > 0) {
+    const size_t entries = n * per_token_;
+    const size_t tiles = (entries + (kLanes - 1) * std::min(entries, most_experts_)) / kLanes;
+    router_ = Pages(n * router_stride_ * 4);
+    chosen_.resize(entries);
+    chosen_weights_.resize(entries);
+    order_.resize(entries);
+    order_weights_.resize(entries);
+    expert_inputs_ = Pages(tiles * (Activations::nbytes_int8(kLanes, max_cols_, kLanes) + Activations::nbytes_float(kLanes, max_cols_, kLanes)));
+  }
   for (size_t t = 0; t < config_.threads; ++t) {
+    if (per_token_ > 0) thread_experts_.emplace_back(per_token_ * one);
     thread_inputs_.emplace_back(one);
     thread_rows_.emplace_back(padded16(max_cols_) * 4);
     thread_attention_.emplace_back((kAttentionScratch + 3 * kMaxQueries * kMaxHeadDim) * 4);
@@ -110,8 +129,9 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
 
 size_t Session::scratch_nbytes() const {
   size_t total = x_.nbytes() + q_.nbytes() + k_.nbytes() + v_.nbytes() + attention_.nbytes() + ffn_.nbytes() + branch_.nbytes() +
-                 shared_inputs_.nbytes() + partial_.nbytes() + logits_.nbytes();
+                 router_.nbytes() + expert_inputs_.nbytes() + shared_inputs_.nbytes() + partial_.nbytes() + logits_.nbytes();
   for (const Pages& pages : thread_inputs_) total += pages.nbytes();
+  for (const Pages& pages : thread_experts_) total += pages.nbytes();
   for (const Pages& pages : thread_rows_) total += pages.nbytes();
   for (const Pages& pages : thread_attention_) total += pages.nbytes();
   for (const Rope& rope : model_->ropes) total += 2 * rope.inverse_frequency.size() * config_.context * sizeof(float);

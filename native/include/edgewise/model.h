@@ -30,10 +30,25 @@ struct Rope {
   float attention_factor = 1;
 };
 
+struct FeedForward {
+  Linear gate, up, down;  // gate may be absent
+  Gate function = Gate::Silu;
+};
+
+// A routed feed-forward: each token goes through top_k of the first `routed` experts.
+struct Experts {
+  Linear router, shared_gate;        // (routed, hidden); (1, hidden) or absent
+  std::vector<FeedForward> experts;  // by index; the shared expert, which every token goes through, last
+  size_t routed = 0, top_k = 0;
+  bool normalise = false;  // the weights of a token's routed experts sum to one
+  bool shared() const { return experts.size() > routed; }
+  size_t per_token() const { return top_k + (shared() ? 1 : 0); }
+};
+
 enum class Visible { Causal, Sliding, Full };
 
 struct Layer {
-  Linear q, k, v, o, gate, up, down;  // gate may be absent
+  Linear q, k, v, o, gate, up, down;  // gate may be absent; with experts, all three are
   Norm attention_norm, feed_forward_norm;
   Norm q_norm, k_norm;                       // (head_dim), of each head, or absent
   Norm after_attention, after_feed_forward;  // of what a part gives, before it is added, or absent
@@ -44,6 +59,7 @@ struct Layer {
   size_t window = 0;
   Gate function = Gate::Silu;
   bool post_norm = false;
+  std::shared_ptr<const Experts> experts;
 };
 
 struct Model {

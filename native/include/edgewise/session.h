@@ -96,8 +96,17 @@ class Session {
   struct Inputs {
     Activations int8, floats;
   };
+  struct ExpertKernels {
+    MatmulKernel gate, up, down;
+  };
   struct LayerKernels {
     MatmulKernel q, k, v, o, gate, up, down;
+    MatmulKernel router = nullptr, shared_gate = nullptr;
+    std::vector<ExpertKernels> experts = {};
+  };
+  struct Group {  // the tokens of a pass that go through one expert: entries first .. first + count of the order
+    size_t expert, first, count, tile;  // tile: number of the first of its tiles among all
+    Inputs inputs, middle;              // of gate and up; of down
   };
 
   MatmulKernel kernel_for(const Linear& linear) const;
@@ -106,6 +115,17 @@ class Session {
   template <class Row>
   Inputs prepare(size_t thread, size_t cols, size_t tokens, bool int8, bool floats, Site site, Row row);
   void multiply(const Work* works, size_t n, const Inputs& inputs, size_t tokens);
+  void add_experts(const Experts& experts, LayerKernels& kernels);
+  void feed_experts(const Layer& layer, const LayerKernels& k, size_t thread);
+  void feed_one(const Experts& experts, const LayerKernels& k, const Inputs& inputs, size_t thread);
+  void feed_groups(const Experts& experts, const LayerKernels& k);
+  void choose(const Experts& experts, size_t token, int32_t* chosen, float* weights) const;
+  void group(const Experts& experts);
+  Inputs place(size_t tokens, size_t cols, size_t slots, bool int8, bool floats, uint8_t* buffer) const;
+  template <class Row>
+  void convert_groups(Inputs Group::*inputs, Row row);
+  void expert_panel(const FeedForward& expert, const ExpertKernels& k, const Inputs& inputs, size_t tile, size_t panel,
+                    size_t count, float* y) const;
   void gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs);
   bool splits_chunks(const Layer& layer) const;
   void attend_one(const Layer& layer, size_t index, size_t thread);
@@ -141,6 +161,16 @@ class Session {
   size_t hidden_stride_ = 0, q_stride_ = 0, kv_stride_ = 0, ffn_stride_ = 0;
   Pages x_, q_, k_, v_, attention_, ffn_;
   Pages branch_;                      // what a part gives, where it is normed before it is added
+  Pages router_;                      // scores of every token's experts, then of its shared gate
+  size_t router_stride_ = 0, per_token_ = 0, most_experts_ = 0;
+  std::vector<int32_t> chosen_;       // (batch, per_token) experts of each token, ascending
+  std::vector<float> chosen_weights_;
+  std::vector<int32_t> order_;        // tokens by expert
+  std::vector<float> order_weights_;
+  std::vector<Group> groups_;
+  size_t group_tiles_ = 0;
+  Pages expert_inputs_;               // inputs of all groups
+  std::vector<Pages> thread_experts_; // ... of one token's experts, of each thread
   Pages shared_inputs_;               // activations of a phase, when the threads split the rows
   std::vector<Pages> thread_inputs_;  // ... of each thread, when every thread makes its own
   std::vector<Pages> thread_rows_;

@@ -63,7 +63,6 @@ def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any
 
 def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int]) -> None:
     attention, feed_forward = layer.attention, layer.feed_forward
-    assert isinstance(feed_forward, FeedForward)
     rope = -1
     if attention.rope is not None:
         if id(attention.rope) not in ropes:
@@ -72,14 +71,25 @@ def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int]) -> 
         rope = ropes[id(attention.rope)]
     model.add_layer(
         q=linear(attention.q), k=linear(attention.k), v=linear(attention.v), o=linear(attention.o),
-        gate=None if feed_forward.gate is None else linear(feed_forward.gate), up=linear(feed_forward.up),
-        down=linear(feed_forward.down), attention_norm=_norm(layer.attention_norm),
+        **_feed_forward(feed_forward, linear), attention_norm=_norm(layer.attention_norm),
         feed_forward_norm=_norm(layer.feed_forward_norm), heads=attention.heads, kv_heads=attention.kv_heads,
         head_dim=attention.head_dim, scale=attention.scale, rope=rope, visible=attention.policy.kind,
-        window=attention.policy.window, function=feed_forward.function, post_norm=layer.order == "post",
+        window=attention.policy.window, function=layer.feed_forwards[0].function, post_norm=layer.order == "post",
         q_norm=_norm_or_none(attention.q_norm), k_norm=_norm_or_none(attention.k_norm),
         after_attention=_norm_or_none(layer.after_attention),
         after_feed_forward=_norm_or_none(layer.after_feed_forward))
+
+
+def _feed_forward(part: FeedForward | Experts, linear: Any) -> dict[str, Any]:
+    if isinstance(part, FeedForward):
+        return {"gate": None if part.gate is None else linear(part.gate), "up": linear(part.up),
+                "down": linear(part.down)}
+    native = _core.Experts(linear(part.router), None if part.shared_gate is None else linear(part.shared_gate),
+                           len(part.experts), part.top_k, part.normalise)
+    for expert in part.experts if part.shared is None else (*part.experts, part.shared):
+        native.add(None if expert.gate is None else linear(expert.gate), linear(expert.up), linear(expert.down),
+                   expert.function)
+    return {"gate": None, "up": None, "down": None, "experts": native}
 
 
 def _norm_or_none(norm: Norm | None) -> Any:

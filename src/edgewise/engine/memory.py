@@ -5,7 +5,7 @@ These mirror the allocations of native/engine/session.cc; a test holds them agai
 
 from __future__ import annotations
 
-from edgewise.engine.plan import Plan
+from edgewise.engine.plan import Experts, Plan
 
 __all__ = ["kv_bytes", "scratch_bytes"]
 
@@ -63,8 +63,11 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
     kv_width = max(layer.attention.kv_heads * layer.attention.head_dim for layer in plan.layers)
     ffn_width = max(part.up.weight.shape[0] for layer in plan.layers for part in layer.feed_forwards)
     cols = max(plan.hidden, q_width, ffn_width)
-    rows = sum(_up(width, 16) for width in (plan.hidden, q_width, kv_width, kv_width, q_width, ffn_width))
-    if any(layer.after_attention or layer.after_feed_forward for layer in plan.layers):
+    routed = [layer.feed_forward for layer in plan.layers if isinstance(layer.feed_forward, Experts)]
+    per_token = max((part.top_k + (part.shared is not None) for part in routed), default=0)
+    rows = sum(_up(width, 16) for width in (plan.hidden, q_width, kv_width, kv_width, q_width))
+    rows += max(per_token, 1) * _up(ffn_width, 16)
+    if routed or any(layer.after_attention or layer.after_feed_forward for layer in plan.layers):
         rows += _up(plan.hidden, 16)
     chunks = -(-context // _CHUNK)
     partial = max(layer.attention.heads * chunks * (_up(layer.attention.head_dim, 32) + 2) for layer in plan.layers)
@@ -72,6 +75,13 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
     own = sum(_inputs_bytes(1, cols, 1)) + _up(cols, 16) * 4
     attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + 3 * _MAX_QUERIES * _MAX_HEAD_DIM) * 4
     total = batch * rows * 4 + partial * 4 + shared + threads * (own + attention)
+    if routed:
+        scores = max(_up(len(part.experts), 16) + (16 if part.shared_gate is not None else 0) for part in routed)
+        experts = max(len(part.experts) + (part.shared is not None) for part in routed)
+        entries = batch * per_token
+        tiles = (entries + 15 * min(entries, experts)) // 16  # each expert's tokens fill tiles of 16
+        total += batch * scores * 4 + tiles * sum(_inputs_bytes(16, cols, 16))
+        total += threads * per_token * sum(_inputs_bytes(1, cols, 1))
     if plan.head is not None:
         stride = _up(plan.vocab, 16) * 4
         total += min(max(_LOGITS_BYTES // stride, 1), 16) * stride

@@ -1,0 +1,73 @@
+// What the phases of a layer share: how much a thread takes at once, norms and biases, the inputs of linears.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "edgewise/session.h"
+
+namespace edgewise {
+
+// Panels that a thread takes at once: enough that threads share the work evenly and that weights stay in the cache while
+// a batch passes over them.
+inline size_t panels_at_once(size_t panels, size_t threads, size_t tokens) {
+  if (tokens == 1) return std::clamp<size_t>(panels / (threads * 6), 1, 16);
+  return std::clamp<size_t>(panels / (threads * 4), 1, 8);
+}
+
+inline void apply_norm(const Kernels& kernels, const Norm& norm, const float* x, size_t n, float* y) {
+  const float* bias = norm.bias.empty() ? nullptr : norm.bias.data();
+  const float* weight = norm.weight.empty() ? nullptr : norm.weight.data();
+  if (norm.kind == Norm::Kind::Rms)
+    kernels.rows.rms_norm(x, weight, norm.eps, n, y);
+  else if (norm.kind == Norm::Kind::Layer)
+    kernels.rows.layer_norm(x, weight, bias, norm.eps, n, y);
+  else if (x != y)
+    std::memcpy(y, x, n * sizeof(float));
+}
+
+inline void add_bias(const Linear& linear, size_t first, size_t n, float* y) {
+  if (linear.bias.empty()) return;
+  for (size_t i = 0; i < n; ++i) y[i] += linear.bias[first + i];
+}
+
+// Inputs of a phase. For one token every thread makes its own copy, which costs less than a barrier; for more, the threads
+// share the rows. row(token, buffer) gives the token's input, in place or in the buffer.
+template <class Row>
+Session::Inputs Session::prepare(size_t thread, size_t cols, size_t tokens, bool int8, bool floats, Site site, Row row) {
+  Inputs inputs;
+  const bool own = tokens == 1;
+  uint8_t* buffer = own ? thread_inputs_[thread].data() : shared_inputs_.data();
+  const size_t offset = own ? Activations::nbytes_int8(1, max_cols_, 1) : input_nbytes_int8_;
+  for (Activations* x : {&inputs.int8, &inputs.floats}) {
+    x->tokens = tokens;
+    x->cols = cols;
+    x->slots = own ? 1 : kLanes;
+  }
+  if (int8) inputs.int8.place_int8(buffer);
+  if (floats) inputs.floats.place_float(buffer + offset);
+
+  float* scratch = thread_rows_[thread].floats();
+  auto convert = [&](size_t token) {
+    const float* values = row(token, scratch);
+    if (int8) kernels_.rows.quantise(values, inputs.int8, token);
+    if (floats) kernels_.rows.place(values, inputs.floats, token);
+    if (capture_ && (!own || thread == 0))
+      std::memcpy(captured_[static_cast<size_t>(site)].data() + token * cols, values, cols * sizeof(float));
+  };
+  if (own) {
+    if (capture_ && thread == 0) captured_[static_cast<size_t>(site)].resize(cols);
+    convert(0);
+    return inputs;
+  }
+  if (capture_) {
+    if (thread == 0) captured_[static_cast<size_t>(site)].resize(tokens * cols);
+    pool_.barrier();
+  }
+  // Whole tiles: two threads never write into one cache line of a tile.
+  for (size_t tile; (tile = pool_.take(1)) * kLanes < tokens;)
+    for (size_t token = tile * kLanes; token < std::min(tokens, (tile + 1) * kLanes); ++token) convert(token);
+  pool_.barrier();
+  return inputs;
+}
+
+}  // namespace edgewise
