@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 
 from edgewise.core.checkpoint import Checkpoint
-from edgewise.core.errors import UnsupportedError, collect_notices
-from edgewise.core.storage import Dense, Stored
+from edgewise.core.errors import FormatError, UnsupportedError, collect_notices
+from edgewise.core.storage import Blocks, Dense, Stored
 from edgewise.engine.archs import plan_of
-from edgewise.formats.gguf import read_gguf, write_gguf
+from edgewise.formats.gguf import read_gguf, write_gguf, write_gguf_raw
 from edgewise.formats.gguf_file import GgufShards
 
 IDS = np.arange(3, 75)
@@ -89,7 +90,7 @@ def test_what_gemma3s_keys_cannot_say(tmp_path: Path, changes: dict[str, Any], m
 @pytest.mark.slow
 class TestFamilies:
     NAMES = ("qwen2", "qwen3", "qwen3 biases", "phi3", "phi3 window", "phi3 short", "phi3 long", "phi3 part", "gemma3",
-             "gemma3 scaled")
+             "gemma3 scaled", "mixtral", "qwen2 moe", "qwen3 moe")
 
     @pytest.mark.parametrize("name", NAMES)
     def test_logits_survive_a_file(self, name: str, tmp_path: Path) -> None:
@@ -103,3 +104,39 @@ class TestFamilies:
         assert back.arch == checkpoint.arch
         # The file holds attention factors and norms in float32, and so two roundings more.
         assert np.abs(forward(plan, IDS) - expected).max() < 2e-6 * np.abs(expected).max()
+
+    def test_stacked_experts_are_split_without_a_copy(self, tmp_path: Path) -> None:
+        import tiny_models
+
+        checkpoint = tiny_models.checkpoint_of(tiny_models.build("mixtral"))
+        back = written(checkpoint, tmp_path / "m.gguf", "Q8_0")
+        stack = GgufShards.open(tmp_path / "m.gguf").stored("blk.1.ffn_down_exps.weight")
+        assert stack.shape == (5, 64, 96)
+        experts = [back.tensors[f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight"] for e in range(5)]
+        assert all(isinstance(expert, Blocks) and not expert.raw.flags.owndata for expert in experts)
+        np.testing.assert_array_equal(np.stack([expert.dense() for expert in experts]), stack.dense())
+        twice = written(back, tmp_path / "again.gguf")
+        np.testing.assert_array_equal(
+            twice.tensors["model.layers.2.block_sparse_moe.experts.4.w1.weight"].raw,
+            back.tensors["model.layers.2.block_sparse_moe.experts.4.w1.weight"].raw)
+
+    def test_an_expert_that_is_missing_and_layers_without_experts(self, tmp_path: Path) -> None:
+        import tiny_models
+
+        checkpoint = tiny_models.checkpoint_of(tiny_models.build("mixtral"))
+        less = {n: t for n, t in checkpoint.tensors.items() if "layers.1.block_sparse_moe.experts.3.w2" not in n}
+        with pytest.raises(FormatError, match=r"ffn_down_exps.* each of the 5 experts; the checkpoint has 4"):
+            write_gguf(replace(checkpoint, tensors=less), tmp_path / "m.gguf")
+        mixed = tiny_models.checkpoint_of(tiny_models.build("qwen3 moe sparse step"))
+        with pytest.raises(UnsupportedError, match="some layers have no experts"):
+            write_gguf(mixed, tmp_path / "m.gguf")
+
+    def test_a_file_with_another_number_of_experts_than_it_says(self, tmp_path: Path) -> None:
+        import tiny_models
+
+        written(tiny_models.checkpoint_of(tiny_models.build("mixtral")), tmp_path / "m.gguf")
+        raw = GgufShards.open(tmp_path / "m.gguf")
+        keys = {**raw.metadata.below(""), "llama.expert_count": 4}
+        write_gguf_raw(tmp_path / "bad.gguf", keys, {name: ("F32", raw.stored(name)) for name in raw.home})
+        with pytest.raises(FormatError, match=r"expected a matrix for each of the 4 experts"):
+            read_gguf(tmp_path / "bad.gguf")

@@ -80,6 +80,8 @@ def long_factors(config: Mapping[str, Any], rope: Mapping[str, Any], where: str)
 def flattened(config: Mapping[str, Any], arch: GgufArch, *, where: str) -> dict[str, Any]:
     """The configuration in the form that keys are made of. Raises UnsupportedError for what no key can say."""
     flat = dict(config)
+    if arch.experts and flat.get(arch.experts) is None:  # two names are in use for one number
+        flat[arch.experts] = flat.get("num_local_experts", flat.get("num_experts"))
     if arch.hf in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe") and flat.get("use_sliding_window"):
         raise UnsupportedError(f"{where}: use_sliding_window is true; GGUF's {arch.gguf} has no window")
     if arch.experts and (flat.get("mlp_only_layers") or flat.get("decoder_sparse_step", 1) != 1):

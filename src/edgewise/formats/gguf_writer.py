@@ -71,7 +71,8 @@ def _always(stored: Stored) -> Callable[[], Stored]:
 
 def _tensors(checkpoint: Checkpoint, arch: GgufArch, types: Types, where: str) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    config = flattened(checkpoint.config, arch, where=where)
+    tied = bool(config.get("tie_word_embeddings"))
     stacks: dict[str, dict[int, str]] = {}
     for name in checkpoint.tensors:
         place = arch.place_in_stack(name)
@@ -95,8 +96,8 @@ def _tensors(checkpoint: Checkpoint, arch: GgufArch, types: Types, where: str) -
             kind, shape = "F32", (math.prod(shape),)
         entries[theirs] = (kind, shape, _maker(checkpoint, name, theirs, arch))
     for theirs, names in stacks.items():
-        entries[theirs] = _stack(checkpoint, theirs, names, int(checkpoint.config[arch.experts]), types, where)
-    rope = rope_of_config(flattened(checkpoint.config, arch, where=where))
+        entries[theirs] = _stack(checkpoint, theirs, names, config.get(arch.experts) or 0, types, where)
+    rope = rope_of_config(config)
     if rope.get("rope_type") == "longrope" and arch.hf == "phi3":
         entries |= {name: ("F32", factors.shape, _always(Dense(factors)))
                     for name, factors in long_factors(checkpoint.config, rope, where).items()}
