@@ -261,6 +261,20 @@ def _each_feed_forward(change: Callable[[FeedForward], FeedForward]) -> Callable
     return _each_layer(of_layer)
 
 
+def _each_experts(change: Callable[[Experts], Experts]) -> Callable[[Plan], Plan]:
+    return _each_layer(lambda layer: layer if isinstance(layer.feed_forward, FeedForward)
+                       else replace(layer, feed_forward=change(layer.feed_forward)))
+
+
+def _turned(f: Experts) -> Experts:
+    return replace(f, experts=f.experts[1:] + f.experts[:1])
+
+
+def _one_less(f: Experts) -> Experts:
+    """The most probable experts but the last; where there is one, the next one."""
+    return replace(f, top_k=f.top_k - 1) if f.top_k > 1 else _turned(f)
+
+
 def _function(f: FeedForward) -> FeedForward:
     return replace(f, function="gelu_tanh" if f.function != "gelu_tanh" else "gelu")
 
@@ -329,6 +343,11 @@ MUTATIONS: dict[str, Callable[[Plan], Plan]] = {
     "one rotary embedding": _one_rope,
     "long and short exchanged": _each_attention(_exchange_reach),
     "gate and up exchanged": _each_feed_forward(lambda f: replace(f, gate=f.up, up=f.gate)),
+    "one expert less": _each_experts(_one_less),
+    "experts in another order": _each_experts(_turned),
+    "probabilities normalised or not": _each_experts(lambda f: replace(f, normalise=not f.normalise)),
+    "shared expert left out": _each_experts(lambda f: replace(f, shared=None)),
+    "shared expert not gated": _each_experts(lambda f: replace(f, shared_gate=None)),
     "query bias left out": _each_attention(lambda a: replace(a, q=replace(a.q, bias=None))),
 }
 """Name -> a function that returns the plan with one mistake in it. The plan given is not modified."""
@@ -367,6 +386,11 @@ def mutations_of(plan: Plan) -> list[str]:
         absent.add("embedding scale")
     if any(f.gate is None for layer in plan.layers for f in layer.feed_forwards):
         absent.add("gate and up exchanged")
+    routed = [layer.feed_forward for layer in plan.layers if isinstance(layer.feed_forward, Experts)]
+    if not routed:
+        absent |= {"one expert less", "experts in another order", "probabilities normalised or not"}
+    if not routed or routed[0].shared is None:
+        absent |= {"shared expert left out", "shared expert not gated"}
     if first.attention.q.bias is None:
         absent.add("query bias left out")
     if first.attention_norm.kind == "layer":

@@ -100,7 +100,9 @@ def test_a_former_configuration_gives_the_same_plan(name):
         np.testing.assert_array_equal(forward(plan_of(older), ids), forward(plan_of(checkpoint), ids))
 
 
-@pytest.mark.parametrize("name", ["llama tied", "llama biases", "mistral", "bert", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("name", [
+    "llama tied", "llama biases", "mistral", "bert", "roberta", "xlm-roberta", "phi3 long", "gemma3", "mixtral",
+    "qwen2 moe", "qwen3 moe"])
 def test_the_folder_that_transformers_writes_gives_the_same_plan(name, tmp_path):
     from edgewise.formats import read_folder
 

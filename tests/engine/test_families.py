@@ -94,3 +94,47 @@ def test_parts_of_one_weight_are_packed_apart_and_share_its_statistics():
     assert "model.layers.1.self_attn.qkv_proj.weight" in stats
     assert "model.layers.1.self_attn.qkv_proj.weight[64:96]" in engine.packed.matrices
     assert len(stats) == 3 * 4
+
+
+def test_what_a_router_reads_is_captured_and_what_single_experts_see_is_not():
+    """An expert sees some of the tokens only; its statistics would be of them."""
+    checkpoint = tiny_models.checkpoint_of(tiny_models.build("qwen2 moe"))
+    stats = loaded(checkpoint).calibrate([list(range(3, 60))])
+    assert {"model.layers.0.mlp.gate.weight", "model.layers.0.mlp.shared_expert_gate.weight"} <= set(stats)
+    assert not [name for name in stats if "experts." in name]
+
+
+def test_a_token_alone_and_in_any_company_gets_the_same_bits():
+    """Slots of several sequences in one pass: experts are grouped across them."""
+    checkpoint = tiny_models.checkpoint_of(tiny_models.build("qwen2 moe"))
+    texts = [tiny_models.ids_of(tiny_models.build("qwen2 moe"), 5, seed).astype(np.int32) for seed in range(4)]
+    alone = [loaded(checkpoint).forward(ids)[-1] for ids in texts]
+    engine = loaded(checkpoint, slots=4, threads=2, batch=20)
+    tokens = np.concatenate(texts)
+    engine.session.forward(tokens, np.repeat(np.arange(4, dtype=np.int32), 5))
+    np.testing.assert_array_equal(engine.session.logits(np.arange(4, 20, 5, dtype=np.int32)), np.stack(alone))
+
+
+def test_weights_of_every_kind_among_the_experts():
+    """8-bit experts with a 16-bit and a 4-bit one between them: inputs of both kinds in one pass."""
+    from dataclasses import replace
+
+    from edgewise.core.numbers import FP16
+    from edgewise.core.storage import Dense
+    from edgewise.formats.ggml_blocks import encode
+
+    checkpoint = tiny_models.checkpoint_of(tiny_models.build("mixtral"))
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in tensors.items():
+        if "experts." in name:
+            values = tensor.dense()
+            half = "experts.1." in name or name.endswith("0.w3.weight")
+            tensors[name] = (Dense(values.astype(np.float16), FP16) if half
+                             else encode(values, "Q4_0" if "experts.2." in name else "Q8_0"))
+    mixed = replace(checkpoint, tensors=tensors)
+    ids = tiny_models.ids_of(tiny_models.build("mixtral"))
+    got = loaded(mixed).forward(ids)
+    with collect_notices():
+        exact, expected = forward(plan_of(mixed), ids), forward(plan_of(mixed), ids, activations="plan")
+    assert _miss(got, expected) < 0.25 * _miss(exact, expected)
+    np.testing.assert_array_equal(loaded(mixed, batch=1, threads=2).forward(ids), got)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint
-from edgewise.core.storage import Dense
+from edgewise.core.storage import Dense, Stored
 
 __all__ = ["DECODERS", "ENCODERS", "POSITIONS", "VOCAB", "build", "checkpoint_of", "ids_of", "save", "torch_output"]
 
@@ -101,6 +101,17 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "phi3 short": lambda: _model("Phi3", **_longrope(128, 16)),
     "phi3 long": lambda: _model("Phi3", **_longrope(64, 16)),
     "phi3 part": lambda: _model("Phi3", **_longrope(64, 12, partial_rotary_factor=0.75), tie_word_embeddings=True),
+    "mixtral": lambda: _model("Mixtral", num_local_experts=5, num_experts_per_tok=2),
+    "mixtral window": lambda: _model("Mixtral", num_local_experts=4, num_experts_per_tok=3, sliding_window=17),
+    "qwen2 moe": lambda: _model("Qwen2Moe", num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48,
+                                shared_expert_intermediate_size=112, tie_word_embeddings=True),
+    "qwen2 moe some dense": lambda: _model(
+        "Qwen2Moe", num_experts=4, num_experts_per_tok=1, moe_intermediate_size=40, norm_topk_prob=True,
+        shared_expert_intermediate_size=24, mlp_only_layers=[1]),
+    "qwen3 moe": lambda: _model("Qwen3Moe", num_experts=17, num_experts_per_tok=4, moe_intermediate_size=32,
+                                norm_topk_prob=True, head_dim=24),
+    "qwen3 moe sparse step": lambda: _model("Qwen3Moe", num_experts=4, num_experts_per_tok=2, decoder_sparse_step=2,
+                                            moe_intermediate_size=32, num_hidden_layers=4),
     "gemma3": lambda: _gemma3(),
     "gemma3 scaled": lambda: _gemma3(num_hidden_layers=4, query_pre_attn_scalar=20, rope_parameters={
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -133,7 +144,7 @@ def build(name: str, seed: int = 0) -> Any:
                 parameter.copy_((0.3 / model.config.hidden_size**0.5 if gemma else 0.3) * noise)
             else:
                 peaked = any(part in parameter_name for part in ("q_proj", "k_proj", "query", "key"))
-                parameter.copy_((2.0 if peaked else 1.0) * noise / parameter.shape[1] ** 0.5)
+                parameter.copy_((2.0 if peaked else 1.0) * noise / parameter.shape[-1] ** 0.5)
     return model.eval()
 
 
@@ -156,12 +167,29 @@ def torch_output(model: Any, ids: np.ndarray, **inputs: Any) -> np.ndarray:
 
 def checkpoint_of(model: Any) -> Checkpoint:
     """The model as a Checkpoint of ours, straight from its parameters and configuration."""
-    tensors = {name: Dense(value.detach().numpy()) for name, value in model.state_dict().items()
-               if value.is_floating_point()}
+    tensors: dict[str, Stored] = {}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            tensors |= _as_in_files(name, value.detach().numpy(), model.config.model_type)
     if getattr(model.config, "tie_word_embeddings", False):
         tensors.pop("lm_head.weight", None)
     config = model.config.to_dict()
     return Checkpoint(config["model_type"], config, tensors, source="tiny")
+
+
+def _as_in_files(name: str, value: np.ndarray, family: str) -> dict[str, Stored]:
+    """transformers stacks the experts when it reads a file; here they are apart again, under the names of files."""
+    if family == "mixtral":
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    if name.endswith("experts.gate_up_proj"):
+        stem, half = name.removesuffix("gate_up_proj"), value.shape[1] // 2
+        return {f"{stem}{e}.{part}.weight": Dense(np.ascontiguousarray(rows)) for e, both in enumerate(value)
+                for part, rows in ((gate, both[:half]), (up, both[half:]))}
+    if name.endswith("experts.down_proj"):
+        stem = name.removesuffix("down_proj")
+        return {f"{stem}{e}.{down}.weight": Dense(matrix) for e, matrix in enumerate(value)}
+    return {name: Dense(value)}
 
 
 def save(model: Any, folder: Path) -> Path:

@@ -105,6 +105,10 @@ class Decoder:
         down = self.tensors.linear(f"{name}.{parts[2]}", self.hidden, width, bias=bias)
         return FeedForward(up, down, gate, self.function)
 
+    def experts(self, key: str, default: int) -> int:
+        """How many experts a layer has; at most the number of tensors, as an absurd one must not cost memory."""
+        return self.config.integer(key, default, most=max(len(self.tensors), 1))
+
     def rope(self, **options: Any) -> Rope:
         """As `rope_of`, with what the decoder knows. For after the first weights: head_dim is then a true one."""
         divisors: NDArray[np.float32] | None = None

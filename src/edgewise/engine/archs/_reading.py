@@ -105,6 +105,15 @@ class Config:
             raise self._fail(key, f"a list of {count} strings")
         return list(value)
 
+    def integers(self, key: str) -> list[int]:
+        """A list of whole numbers from 0; empty where the key is absent."""
+        value = self._values.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list | tuple) or not all(type(v) is int and v >= 0 for v in value):
+            raise self._fail(key, "a list of whole numbers")
+        return list(value)
+
     def numbers(self, key: str, count: int) -> NDArray[np.float64]:
         """A list of `count` finite positive numbers, (count,)."""
         value = self._values.get(key)
