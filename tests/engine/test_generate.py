@@ -238,3 +238,17 @@ def test_templates_and_raw_text():
     assert model.generate(turns, max_tokens=1).result().prompt_tokens == len("[user]a[assistant]b>")
     with pytest.raises(InvalidValueError, match="raw text is a string"):
         model.generate(turns, raw=True)
+
+
+def test_text_held_back_comes_without_a_token(model):
+    """A stop string that could begin with the last piece holds it back; what follows carries no id of its own."""
+    whole = model.generate("Hello", raw=True, max_tokens=6, ignore_eos=True).result()
+    assert whole.text
+    held = list(model.generate("Hello", raw=True, max_tokens=6, ignore_eos=True, stop=whole.text[-1] + "\0"))
+    assert "".join(token.text for token in held) == whole.text
+    assert [token.id for token in held] == [*whole.ids, None]
+
+
+def test_ids_are_integers(model):
+    with pytest.raises(InvalidValueError, match="float64"):
+        model.forward([1.5, 2.0])

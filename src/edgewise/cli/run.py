@@ -147,7 +147,7 @@ def _answer(model: LanguageModel, text: str, system: str | None, raw: bool, opti
             current().write("\n")
     if stats:
         _print_stats(model, generation, options, source, load_s)
-    chosen = tokens[:len(generation.ids)]  # one more may carry the last text and no token of its own
+    chosen = [token for token in tokens if token.id is not None]  # the last may carry text and no token of its own
     answer = {
         "model": name, "arch": model.checkpoint.arch, "text": generation.text, "ids": generation.ids,
         "finish_reason": generation.finish_reason,

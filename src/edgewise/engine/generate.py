@@ -78,10 +78,11 @@ class GenerationOptions:
 class Token:
     """One generated token. text: what became certain with it, possibly nothing. logprob: natural, of the model itself.
 
+    id: None for text that was held back until the end, when no token comes with it.
     alternatives: (id, logprob) of the most likely tokens, when asked for.
     """
 
-    id: int
+    id: int | None
     text: str
     logprob: float
     alternatives: tuple[tuple[int, float], ...] = ()
@@ -166,7 +167,7 @@ class Generation:
                 self.finish_reason = "stop"
             self.text += text
             if text and self.ids:
-                yield Token(self.ids[-1], text, 0.0)
+                yield Token(None, text, 0.0)
 
     def _make_room(self, model: LanguageModel) -> bool:
         """What `overflow` says. True when generation goes on."""

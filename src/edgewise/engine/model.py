@@ -137,9 +137,10 @@ class LanguageModel:
 
     def passes(self, ids: Sequence[int] | NDArray[np.int32], *, slot: int = 0) -> Iterator[NDArray[np.int32]]:
         """Feed a sequence in passes; after each, the rows of that pass are yielded for reading off results."""
-        tokens = np.ascontiguousarray(ids, np.int32)
-        if tokens.ndim != 1 or not len(tokens):
-            raise InvalidValueError(f"a sequence is at least one token id; given shape {tokens.shape}")
+        given = np.asarray(ids)
+        if given.ndim != 1 or not len(given) or not np.issubdtype(given.dtype, np.integer):
+            raise InvalidValueError(f"a sequence is at least one token id; given shape {given.shape} of {given.dtype}")
+        tokens = np.ascontiguousarray(given, np.int32)
         if self.session.length(slot) + len(tokens) > self.context:
             raise ContextOverflowError(
                 f"{self.session.length(slot) + len(tokens)} tokens do not fit the context of {self.context} positions; "
