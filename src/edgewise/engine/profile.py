@@ -1,0 +1,90 @@
+"""Time per operator of a decode step: each linear by its own kernel, the rest of a layer by difference.
+
+The linears of every layer are run one after another with one thread, as a decode step does: a weight is read from
+memory, not from a cache that the run before filled, as long as the model is larger than the cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgewise.core.errors import InvalidValueError, notice
+from edgewise.engine.model import LanguageModel, native_errors
+from edgewise.engine.plan import Experts, Layer, Linear, Plan
+from edgewise.native import _core  # type: ignore[attr-defined]
+
+__all__ = ["OperatorTime", "profile"]
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """name: q, k, v, o, gate, up, down, head, or "other": attention, norms, activations. Of a whole step."""
+
+    name: str
+    runs: int
+    seconds: float
+    weight_bytes: int
+
+
+def profile(model: LanguageModel, plan: Plan, *, depth: int = 64, repeats: int = 5, int8: bool | None = None,
+            ) -> tuple[OperatorTime, ...]:
+    """Medians over `repeats` steps after `depth` tokens of context. plan: of the model's checkpoint.
+
+    int8: whether the linears of the layers multiply integers; by default as the plan says.
+    """
+    if model.kind != "decoder" or any(isinstance(layer.feed_forward, Experts) for layer in plan.layers):
+        raise InvalidValueError("a profile is of a decoder with dense feed-forwards")
+    if repeats < 1 or not 1 <= depth <= model.context - repeats - 1:
+        raise InvalidValueError(f"a profile takes at least one repeat, within a context of {model.context}; given "
+                                f"{repeats} after {depth} tokens")
+    native = _core.Session(model.native, model.kv, model.context, 1, 1, int(model.session.batch))
+    parts = [(name, linear) for layer in plan.layers for name, linear in _linears(layer)]
+    calls = [(name, _call(model, linear, int8), model.packed.matrices[linear.key].nbytes) for name, linear in parts]
+    if plan.head is not None:
+        key = plan.embedding.key if plan.head.weight is plan.embedding.weight else plan.head.key
+        calls.append(("head", _call(model, plan.head, None, key), model.packed.matrices[key].nbytes))
+    tokens = np.zeros(depth, np.int32)
+    steps: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name, _, _ in calls}
+    with native_errors():
+        native.prefill(0, tokens)
+        for _ in range(repeats):
+            steps.append(_seconds(lambda: native.prefill(0, tokens[:1])))
+            round_s: dict[str, float] = dict.fromkeys(times, 0.0)
+            for name, call, _ in calls:
+                round_s[name] += _seconds(call)
+            for name, seconds in round_s.items():
+                times[name].append(seconds)
+    found = [OperatorTime(name, sum(n == name for n, _, _ in calls), statistics.median(values),
+                          sum(size for n, _, size in calls if n == name)) for name, values in times.items()]
+    rest = statistics.median(steps) - sum(one.seconds for one in found)
+    if rest < 0:
+        notice("clamp", "the linears one by one took longer than the whole step; the rest of it is given as 0",
+               where="profile")
+    return (*found, OperatorTime("other", len(plan.layers), max(rest, 0.0), 0))
+
+
+def _linears(layer: Layer) -> list[tuple[str, Linear]]:
+    attention, (ffn,) = layer.attention, layer.feed_forwards
+    named = [("q", attention.q), ("k", attention.k), ("v", attention.v), ("o", attention.o), ("gate", ffn.gate),
+             ("up", ffn.up), ("down", ffn.down)]
+    return [(name, linear) for name, linear in named if linear is not None]
+
+
+def _call(model: LanguageModel, linear: Linear, int8: bool | None, key: str | None = None) -> Callable[[], Any]:
+    matrix = model.packed.matrices[key or linear.key]
+    x, y = np.ones((1, matrix.cols), np.float32), np.empty((1, matrix.rows), np.float32)
+    rounded = linear.activation == "int8" if int8 is None else int8
+    return lambda: _core.matmul(matrix, x, y, model.tier, rounded)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
