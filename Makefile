@@ -5,7 +5,7 @@ NEW := .venv-test/bin
 PROMPT ?= Why is the sky blue?
 MEMORY ?= 90MB
 
-.PHONY: help demo test dev check lint fuzz clean
+.PHONY: help demo test dev check lint fuzz test-arm test-wasm test-host clean
 
 help:
 	@echo "make demo   build, fit SmolLM2-135M-Instruct to $(MEMORY), ask it a question; installs no torch"
@@ -13,6 +13,8 @@ help:
 	@echo "make dev    editable installation in .venv; again after a change of native/"
 	@echo "make check  lint, types, import contract and the fast tests, in .venv"
 	@echo "make fuzz   100,000 mutated files per format, native readers under AddressSanitizer, in .venv"
+	@echo "make test-arm, test-wasm, test-host   kernels of every instruction tier against the reference, in C++:"
+	@echo "            cross-compiled under qemu-aarch64, in wasmtime, and on this machine"
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f ! -name '*.so' ! -name '*.pyc')
 
@@ -59,6 +61,13 @@ fuzz:
 	PYTHONPATH=build/asan/site ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		$(DEV)/python tests/fuzz/run.py
+
+# The tools come as wheels; qemu-aarch64, and the second compiler for Arm, from the system's packages, if there.
+TOOLS := build/kernels/tools/bin
+test-arm test-wasm test-host: test-%:
+	@test -x $(TOOLS)/python || $(PYTHON) -m venv build/kernels/tools
+	$(TOOLS)/python -m pip install --quiet cmake ninja ziglang wasmtime
+	$(TOOLS)/python native/tests/run.py $*
 
 clean:
 	rm -rf build .venv-test .pytest_cache .mypy_cache .ruff_cache .hypothesis
