@@ -6,7 +6,7 @@ no end of text; MACRO runs are talks of several turns whose context carries over
 per turn; decode is bound by memory; quantisation pays in speed and costs accuracy; sustained use meets heat.
 
 Here the power trace is synthetic and the thermal body simulated: both are marked so. The ladder starts at float
-weights off every grid (papers/reference.py); perplexity is that of the evaluation text.
+weights off every grid (papers/reference.py); a rung rounds the layers, and the table to 8 bits; perplexity is that of the evaluation text.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import collect_notices, notice
+from edgewise.core.numbers import QuantFormat, quantize
 from edgewise.core.recipe import Claim, Recipe
 from edgewise.core.report import Quantity, Report, Table
+from edgewise.core.storage import QuantizedTensor
 from edgewise.cost.thermal import Body, Sustained, sustain
 from edgewise.engine.archs import plan_of
 from edgewise.engine.bench import BenchTest, limits_of, time_tests
@@ -61,14 +64,15 @@ def run(settings: Mapping[str, Any], seed: int, ablate: bool) -> Report:
         ids = rng.integers(0, 256, settings["window"])
     else:
         checkpoint, ids = float_reference(open_checkpoint(settings["model"]), seed), None
-    plan = plan_of(checkpoint)
     rows: list[tuple[Any, ...]] = []
     exact: Any = None
     tables: list[Table] = []
     log = EventLog()
     for fmt in NAMES:
+        source = checkpoint if fmt == "float32" else _with_table(checkpoint)
+        plan = plan_of(source)
         with collect_notices(), log.record("load"):
-            model = model_of(checkpoint, format=None if fmt == "float32" else fmt, threads=threads,
+            model = model_of(source, format=None if fmt == "float32" else fmt, threads=threads,
                              context=settings["context"], cache=False)
         if fmt == "float32" and ids is None:
             ids = _text_ids(model, settings["window"] * settings["windows"])
@@ -96,6 +100,13 @@ def run(settings: Mapping[str, Any], seed: int, ablate: bool) -> Report:
 
 
 # ---- the ladder ---------------------------------------------------------------------------------------------------
+
+def _with_table(checkpoint: Checkpoint) -> Checkpoint:
+    """The embedding, which is the head as well, in 8 bits: below that, files of every runtime keep it finer."""
+    fmt, name = QuantFormat.parse("int8/g32/fp16"), "model.embed_tokens.weight"
+    codes, scales, _ = quantize(np.asarray(checkpoint.tensors[name].dense()), fmt)
+    return replace(checkpoint, tensors={**checkpoint.tensors, name: QuantizedTensor(codes, scales, fmt)})
+
 
 def _text_ids(model: LanguageModel, count: int) -> Any:
     from edgewise.data.texts import text
