@@ -6,7 +6,8 @@ no end of text; MACRO runs are talks of several turns whose context carries over
 per turn; decode is bound by memory; quantisation pays in speed and costs accuracy; sustained use meets heat.
 
 Here the power trace is synthetic and the thermal body simulated: both are marked so. The ladder starts at float
-weights off every grid (papers/reference.py); a rung rounds the layers, and the table to 8 bits; perplexity is that of the evaluation text.
+weights off every grid (papers/reference.py); a rung rounds the layers, and the table to 8 bits; perplexity is that of
+the evaluation text.
 """
 
 from __future__ import annotations
