@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from edgewise.core.errors import InvalidValueError
+from edgewise.core.storage import Dense
 from edgewise.engine.archs import plan_of
+from edgewise.engine.build import linears_of
 from edgewise.engine.loading import model_of
+from edgewise.engine.plan import Attention, Experts, FeedForward, Layer, Linear, Norm, Plan
 from edgewise.engine.workload import arithmetic, workload_of
 from tiny_checkpoint import VOCAB, tiny_checkpoint, tiny_encoder
 
@@ -90,3 +97,36 @@ def test_refusals():
     for wrong in ({"tokens": 0}, {"depth": -1}, {"batch": 0}):
         with pytest.raises(InvalidValueError):
             workload_of(plan, matrices, **wrong)
+
+
+def routed(top_k=2, experts=8):
+    """One layer of `experts` experts, and the sizes of its weights."""
+    def linear(name, rows, cols):
+        return Linear(name, Dense(np.zeros((rows, cols), np.float32)))
+
+    def expert(name):
+        return FeedForward(linear(f"{name}.up", 24, 16), linear(f"{name}.down", 16, 24), linear(f"{name}.gate", 24, 16))
+
+    norm = Norm("rms", np.ones(16, np.float32), 1e-5)
+    attention = Attention(*(linear(part, 16, 16) for part in "qkvo"), heads=2, kv_heads=2, head_dim=8, scale=1.0)
+    layer = Layer(attention, Experts(linear("router", experts, 16), tuple(expert(f"e{i}") for i in range(experts)),
+                                     top_k, True), norm, norm)
+    table = linear("table", 32, 16)
+    plan = Plan("routed", "decoder", 16, 32, 64, table, (layer,), norm, replace(table, name="head"))
+    matrices = {one.key: SimpleNamespace(rows=one.weight.shape[0], cols=one.weight.shape[1], nbytes=one.weight.nbytes)
+                for one in linears_of(plan)}
+    return plan, matrices
+
+
+def test_decode_reads_the_chosen_experts_and_a_long_prefill_all_of_them():
+    plan, matrices = routed()
+    whole = sum(m.nbytes for name, m in matrices.items() if name.startswith("e"))
+
+    def read(**options):
+        return sum(op.weight_bytes for op in workload_of(plan, matrices, **options).ops if op.name.startswith("e"))
+
+    assert read() == whole * 2 // 8
+    assert read(tokens=1000, batch=1000) == whole
+    assert read() < read(tokens=2) < whole
+    macs = sum(op.macs for op in workload_of(plan, matrices, tokens=10).ops if op.name.startswith("e"))
+    assert macs == 10 * 2 * 3 * 16 * 24
