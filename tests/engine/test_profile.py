@@ -26,8 +26,8 @@ def test_every_weight_is_read_once_per_step(tied):
     table = 0 if tied else model.packed.matrices["model.embed_tokens.weight"].nbytes
     assert sum(p.weight_bytes for p in parts.values()) == sum(
         m.nbytes for m in model.packed.matrices.values()) - table
-    assert all(part.seconds > 0 for name, part in parts.items() if name != "other")
-    assert parts["other"].seconds >= 0
+    assert sum(part.seconds for part in parts.values()) > 0
+    assert min(part.seconds for part in parts.values()) >= 0
 
 
 def test_refusals():

@@ -1,7 +1,8 @@
 """Time per operator of a decode step: each linear by its own kernel, the rest of a layer by difference.
 
 The linears of every layer are run one after another with one thread, as a decode step does: a weight is read from
-memory, not from a cache that the run before filled, as long as the model is larger than the cache.
+memory, not from a cache that the run before filled, as long as the model is larger than the cache. What a call costs
+without work is taken off.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from edgewise.core.errors import InvalidValueError, notice
+from edgewise.core.storage import Dense
 from edgewise.engine.model import LanguageModel, native_errors
+from edgewise.engine.packing import pack_one, recipe_of
 from edgewise.engine.plan import Experts, Layer, Linear, Plan
 from edgewise.native import _core  # type: ignore[attr-defined]
 
@@ -50,6 +53,7 @@ def profile(model: LanguageModel, plan: Plan, *, depth: int = 64, repeats: int =
         key = plan.embedding.key if plan.head.weight is plan.embedding.weight else plan.head.key
         calls.append(("head", _call(model, plan.head, None, key), model.packed.matrices[key].nbytes))
     tokens = np.zeros(depth, np.int32)
+    overhead = _overhead(model.tier)
     steps: list[float] = []
     times: dict[str, list[float]] = {name: [] for name, _, _ in calls}
     with native_errors():
@@ -58,7 +62,7 @@ def profile(model: LanguageModel, plan: Plan, *, depth: int = 64, repeats: int =
             steps.append(_seconds(lambda: native.prefill(0, tokens[:1])))
             round_s: dict[str, float] = dict.fromkeys(times, 0.0)
             for name, call, _ in calls:
-                round_s[name] += _seconds(call)
+                round_s[name] += max(_seconds(call) - overhead, 0.0)
             for name, seconds in round_s.items():
                 times[name].append(seconds)
     found = [OperatorTime(name, sum(n == name for n, _, _ in calls), statistics.median(values),
@@ -68,6 +72,13 @@ def profile(model: LanguageModel, plan: Plan, *, depth: int = 64, repeats: int =
         notice("clamp", "the linears one by one took longer than the whole step; the rest of it is given as 0",
                where="profile")
     return (*found, OperatorTime("other", len(plan.layers), max(rest, 0.0), 0))
+
+
+def _overhead(tier: str) -> float:
+    """Seconds that a call takes when there is next to nothing to multiply."""
+    matrix = pack_one(recipe_of("nothing", Dense(np.zeros((16, 32), np.float32))))
+    x, y = np.ones((1, 32), np.float32), np.empty((1, 16), np.float32)
+    return statistics.median(_seconds(lambda: _core.matmul(matrix, x, y, tier, False)) for _ in range(101))
 
 
 def _linears(layer: Layer) -> list[tuple[str, Linear]]:

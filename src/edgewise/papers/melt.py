@@ -75,6 +75,8 @@ def run(settings: Mapping[str, Any], seed: int, ablate: bool) -> Report:
         with collect_notices(), log.record("load"):
             model = model_of(source, format=None if fmt == "float32" else fmt, threads=threads,
                              context=settings["context"], cache=False)
+        if ablate and fmt == "int4/g32/fp16/min":
+            _cold(model, settings, metrics)
         if fmt == "float32" and ids is None:
             ids = _text_ids(model, settings["window"] * settings["windows"])
         logits = np.concatenate([model.forward(part) for part in np.asarray(ids).reshape(-1, settings["window"])])
@@ -86,8 +88,6 @@ def run(settings: Mapping[str, Any], seed: int, ablate: bool) -> Report:
         if fmt == "int4/g32/fp16/min":
             tables += [_profiled(model, plan, settings, metrics), _macro(model, settings, seed, log)]
             _memory_bound(model, settings, threads, metrics)
-            if ablate:
-                _cold(model, settings, metrics)
     _compare(rows, settings, metrics)
     tables.insert(0, Table("Ladder", ("weights", "MB", "prefill token/s", "decode token/s", "prefill over decode",
                                       "GB/s", "FLOP per byte", "divergence", "perplexity"), tuple(rows)))
@@ -231,11 +231,10 @@ def _macro(model: LanguageModel, settings: Mapping[str, Any], seed: int, log: Ev
 
 
 def _cold(model: LanguageModel, settings: Mapping[str, Any], metrics: Metrics) -> None:
-    """The first run of a fresh session beside later ones: what a missing warm-up would count."""
-    session = _core.Session(model.native, model.kv, settings["context"], 1, int(model.session.threads),
-                            int(model.session.batch))
-    timing, = time_tests(session, model.vocab, [BenchTest("prefill", settings["prompt"])],
-                         repeats=settings["repeats"] + 1, warmup=0)
+    """The first run after loading beside later ones: what a missing warm-up would count."""
+    timing, = time_tests(model.session, model.vocab, [BenchTest("prefill", settings["prompt"])],
+                         repeats=2 * settings["repeats"] + 1, warmup=0)
+    model.reset()
     later = sorted(timing.seconds[1:])
     metrics["first run over the median of later ones, less 1"] = timing.seconds[0] / later[len(later) // 2] - 1
 
