@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgewise.core.errors import InvalidValueError, collect_notices
+from edgewise.core.errors import InvalidValueError
 from edgewise.engine.archs import plan_of
 from edgewise.engine.loading import model_of
 from edgewise.engine.profile import profile
@@ -13,21 +13,21 @@ from tiny_checkpoint import tiny_checkpoint, tiny_encoder
 
 def profiled(checkpoint, **options):
     model = model_of(checkpoint, threads=1, cache=False)
-    with collect_notices():
-        return model, {part.name: part for part in profile(model, plan_of(checkpoint), **options)}
+    return model, profile(model, plan_of(checkpoint), **options)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_weight_is_read_once_per_step(tied):
-    model, parts = profiled(tiny_checkpoint(layers=3, tied=tied), repeats=2)
-    assert list(parts) == ["q", "k", "v", "o", "gate", "up", "down", "head", "other"]
-    assert all(parts[name].runs == 3 for name in ("q", "down", "other"))
+    model, found = profiled(tiny_checkpoint(layers=3, tied=tied), repeats=2)
+    parts = {part.name: part for part in found.linears}
+    assert list(parts) == ["q", "k", "v", "o", "gate", "up", "down", "head"]
+    assert {part.runs for name, part in parts.items() if name != "head"} == {3}
     assert parts["head"].runs == 1
     table = 0 if tied else model.packed.matrices["model.embed_tokens.weight"].nbytes
     assert sum(p.weight_bytes for p in parts.values()) == sum(
         m.nbytes for m in model.packed.matrices.values()) - table
-    assert sum(part.seconds for part in parts.values()) > 0
-    assert min(part.seconds for part in parts.values()) >= 0
+    assert found.step_s > 0
+    assert found.linear_share == sum(part.seconds for part in found.linears) / found.step_s >= 0
 
 
 def test_refusals():

@@ -1,4 +1,4 @@
-"""Time per operator of a decode step: each linear by its own kernel, the rest of a layer by difference.
+"""Time per operator of a decode step: each linear by its own kernel, beside the step as a whole.
 
 The linears of every layer are run one after another with one thread, as a decode step does: a weight is read from
 memory, not from a cache that the run before filled, as long as the model is larger than the cache. What a call costs
@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from edgewise.core.errors import InvalidValueError, notice
+from edgewise.core.errors import InvalidValueError
 from edgewise.core.storage import Dense
 from edgewise.engine.model import LanguageModel, native_errors
 from edgewise.engine.packing import pack_one, recipe_of
 from edgewise.engine.plan import Experts, Layer, Linear, Plan
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["OperatorTime", "profile"]
+__all__ = ["OperatorTime", "Profile", "profile"]
 
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """name: q, k, v, o, gate, up, down, head, or "other": attention, norms, activations. Of a whole step."""
+    """name: q, k, v, o, gate, up, down or head; of every layer together."""
 
     name: str
     runs: int
@@ -35,8 +35,21 @@ class OperatorTime:
     weight_bytes: int
 
 
+@dataclass(frozen=True)
+class Profile:
+    """linears: each by itself. step_s: a whole step, measured in between."""
+
+    linears: tuple[OperatorTime, ...]
+    step_s: float
+
+    @property
+    def linear_share(self) -> float:
+        """Of the step. Above 1 where linears one by one take longer than inside a pass, which hides their start."""
+        return sum(one.seconds for one in self.linears) / self.step_s
+
+
 def profile(model: LanguageModel, plan: Plan, *, depth: int = 64, repeats: int = 5, int8: bool | None = None,
-            ) -> tuple[OperatorTime, ...]:
+            ) -> Profile:
     """Medians over `repeats` steps after `depth` tokens of context. plan: of the model's checkpoint.
 
     int8: whether the linears of the layers multiply integers; by default as the plan says.
@@ -65,13 +78,10 @@ def profile(model: LanguageModel, plan: Plan, *, depth: int = 64, repeats: int =
                 round_s[name] += max(_seconds(call) - overhead, 0.0)
             for name, seconds in round_s.items():
                 times[name].append(seconds)
-    found = [OperatorTime(name, sum(n == name for n, _, _ in calls), statistics.median(values),
-                          sum(size for n, _, size in calls if n == name)) for name, values in times.items()]
-    rest = statistics.median(steps) - sum(one.seconds for one in found)
-    if rest < 0:
-        notice("clamp", "the linears one by one took longer than the whole step; the rest of it is given as 0",
-               where="profile")
-    return (*found, OperatorTime("other", len(plan.layers), max(rest, 0.0), 0))
+    return Profile(tuple(
+        OperatorTime(name, sum(n == name for n, _, _ in calls), statistics.median(values),
+                     sum(size for n, _, size in calls if n == name)) for name, values in times.items()),
+        statistics.median(steps))
 
 
 def _overhead(tier: str) -> float:

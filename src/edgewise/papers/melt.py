@@ -158,13 +158,13 @@ def _compare(rows: Sequence[tuple[Any, ...]], settings: Mapping[str, Any], metri
 # ---- operators, memory, talk --------------------------------------------------------------------------------------
 
 def _profiled(model: LanguageModel, plan: Plan, settings: Mapping[str, Any], metrics: Metrics) -> Table:
-    parts = profile(model, plan, depth=32, int8=True)
-    total = sum(part.seconds for part in parts)
+    found = profile(model, plan, depth=32, int8=True)
     if settings["model"] != "random":  # microseconds of a tiny step are the calls', not the operators'
-        metrics["share of linears in a decode step"] = 1 - parts[-1].seconds / total
-    return Table("Operators of a decode step at 4 bits, one thread", ("operator", "runs", "ms", "share", "GB/s"), tuple(
-        (part.name, part.runs, part.seconds * 1e3, part.seconds / total,
-         part.weight_bytes / part.seconds / 1e9 if part.weight_bytes else None) for part in parts))
+        metrics["share of linears in a decode step"] = found.linear_share
+    rows = [(part.name, part.runs, part.seconds * 1e3, part.seconds / found.step_s,
+             part.weight_bytes / max(part.seconds, 1e-12) / 1e9) for part in found.linears]
+    return Table("Operators of a decode step at 4 bits, one thread", ("operator", "runs", "ms", "share", "GB/s"), (
+        *rows, ("whole step", 1, found.step_s * 1e3, 1.0, None)))
 
 
 def _memory_bound(model: LanguageModel, settings: Mapping[str, Any], threads: int, metrics: Metrics) -> None:
