@@ -18,6 +18,7 @@ from edgewise import load
 from edgewise.cli import app
 from edgewise.engine import GenerationOptions
 from edgewise.engine.conversation import Conversation
+from signals import hear_interrupts
 
 
 def chat(model, lines, *args):
@@ -93,7 +94,8 @@ def test_at_a_terminal(tiny, tmp_path):
     """An error and an interrupt do not end the talk; Ctrl-D does."""
     main, side = pty.openpty()
     process = subprocess.Popen([sys.executable, "-m", "edgewise", "chat", tiny, "-n", "4"], stdin=side, stdout=side,
-                               stderr=side, start_new_session=True, env={**os.environ, "TERM": "dumb"})
+                               stderr=side, start_new_session=True, env={**os.environ, "TERM": "dumb"},
+                               preexec_fn=hear_interrupts)
     os.close(side)
     seen = ""
 

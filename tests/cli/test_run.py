@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from edgewise import load
 from edgewise.cli import app, frame
 from edgewise.formats.gguf import write_gguf_raw
+from signals import hear_interrupts
 from tiny_checkpoint import tiny_checkpoint, tiny_folder
 
 
@@ -163,10 +164,14 @@ def test_an_interrupt_prints_what_there_is(tiny, monkeypatch, as_json):
 @pytest.mark.slow
 def test_a_signal_ends_the_process_with_130(tiny):
     command = [sys.executable, "-m", "edgewise", "run", tiny, "Hello", "--overflow", "restart"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          preexec_fn=hear_interrupts) as process:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert b"Traceback" not in errors
     assert process.returncode == 130
 
