@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +139,19 @@ def test_a_file_that_is_no_result_is_left_alone(tmp_path):
     with pytest.raises(InvalidValueError, match="not a file of results"):
         write_results(tmp_path, "toy", toy(), run_recipe("toy", toy(), b"", scale="smoke"))
     assert (tmp_path / "toy.json").read_text() == "[]"
+
+
+def test_a_result_names_no_directory_of_the_machine(tmp_path):
+    recipe = toy()
+
+    def run(settings, seed, ablate):
+        notice("info", "read", where=str(tmp_path / "cache/edgewise/models/x"))
+        return Report("toy", (Quantity("two", 2.0),), environment={"home": f"{Path.home()}/model", "rate": "1/2"})
+
+    report = run_recipe("toy", replace(recipe, run=run), b"", scale="smoke", out=tmp_path / "out")
+    assert report.notices[0].where == "CACHE/models/x"
+    assert report.environment["home"] == "HOME/model"
+    assert str(tmp_path) not in (tmp_path / "out/toy.json").read_text()
 
 
 def test_refusals():

@@ -13,6 +13,7 @@ import inspect
 import json
 import pkgutil
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -104,10 +105,19 @@ def run_recipe(slug: str, recipe: Recipe, code: bytes, *, scale: Scale, seed: in
                                 "command": _command(slug, scale, seed, ablate),
                                 "seconds": round(time.perf_counter() - started, 1), **environment(),
                                 **runs[0].environment})
+    made = without_paths(made)
     if out is not None:
         write_results(Path(out), slug, recipe, made)
     kept.forget([first + i for i in range(count)])
     return made
+
+
+def without_paths(report: Report) -> Report:
+    """The report without the directories of this machine, which a published result does not name."""
+    text = json.dumps(report.to_json())
+    for directory, name in ((cache_root(), "CACHE"), (Path(tempfile.gettempdir()), "TMP"), (Path.home(), "HOME")):
+        text = text.replace(f"{json.dumps(str(directory))[1:-1]}/", f"{name}/")
+    return Report.from_json(json.loads(text))
 
 
 def _command(slug: str, scale: str, seed: int | None, ablate: bool) -> str:
