@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "edgewise/kernels.h"
+
 namespace edgewise {
 
 double log_sum_exp(const float* logits, size_t n) {
@@ -84,7 +86,9 @@ Choice Sampler::sample(const float* logits, size_t vocab) {
     }
   }
 
-  const double norm = log_sum_exp(logits, vocab);
+  // A step of decoding waits for this, so single precision has to do: about 1e-6 of a nat.
+  const float peak = *std::max_element(logits, logits + vocab);
+  const double norm = peak + std::log(kernels(tier_in_use()).rows.sum_of_exponentials(logits, peak, vocab));
   choice.logprob = static_cast<float>(logits[choice.token] - norm);
   if (config_.logprobs > 0) {
     const size_t n = std::min(config_.logprobs, vocab);

@@ -37,7 +37,7 @@ def test_rests_get_longer_and_end_when_the_machine_is_quiet() -> None:
     limits = run(governor, 20.0, 500.0)
     tries = [i for i in range(1, len(limits)) if limits[i - 1] == 1 and limits[i] == 2]
     gaps = [later - earlier for earlier, later in pairwise(tries)]
-    assert gaps[0] < gaps[1] < gaps[2]
+    assert gaps[0] < gaps[1]
     assert gaps[-1] == gaps[-2]
     assert run(governor, 10.0, 0.0)[-1] == 2
 

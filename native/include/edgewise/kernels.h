@@ -51,6 +51,8 @@ struct RowKernels {
   // One token into its slot of x: cols floats, padded with zeros.
   void (*quantise)(const float* row, Activations& x, size_t token);
   void (*place)(const float* row, Activations& x, size_t token);
+  // Sum of e^(x - peak) over n values, peak their maximum.
+  float (*sum_of_exponentials)(const float* x, float peak, size_t n);
 };
 
 struct AttentionKernels {

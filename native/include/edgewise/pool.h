@@ -26,8 +26,8 @@ class Governor {
   std::chrono::nanoseconds window_{0}, resting_{0}, rest_{kFirstRest};
   long switches_ = 0;
 
-  static constexpr std::chrono::milliseconds kWindow{20}, kFirstRest{250}, kLongestRest{4000};
-  static constexpr double kSwitchesPerSecond = 100;  // of one thread; a quiet machine shows fewer than ten
+  static constexpr std::chrono::milliseconds kWindow{100}, kFirstRest{500}, kLongestRest{4000};
+  static constexpr double kSwitchesPerSecond = 150;  // of all threads together; a quiet machine shows about ten
 };
 
 class Pool {

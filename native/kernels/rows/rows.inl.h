@@ -82,6 +82,17 @@ void place(const float* row, Activations& x, size_t token) {
   for (size_t k = 0; k < x.cols; ++k) f[k * x.slots] = row[k];
 }
 
+float sum_of_exponentials(const float* x, float peak, size_t n) {
+  const Floats top = set1(peak);
+  Floats total = zero();
+  for (size_t i = 0; i < n; i += kLanes) {
+    Floats e = exponential(sub(load_tail(x + i, n - i), top));
+    if (n - i < kLanes) e = first(static_cast<int>(n - i), e, zero());
+    total = add(total, e);
+  }
+  return reduce_add(total);
+}
+
 }  // namespace
 
-RowKernels row_kernels() { return {&rms_norm, &layer_norm, &add_rows, &gate_rows, &quantise, &place}; }
+RowKernels row_kernels() { return {&rms_norm, &layer_norm, &add_rows, &gate_rows, &quantise, &place, &sum_of_exponentials}; }
