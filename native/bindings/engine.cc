@@ -121,6 +121,8 @@ void bind_engine(nb::module_& m) {
       .def("observe", [](Governor& g, double seconds, long switches) {
              g.observe(std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9)), switches);
            }, "seconds"_a, "switches"_a)
+      .def("pass_time", [](Governor& g, double seconds) { g.pass(std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9))); },
+           "seconds"_a)
       .def_prop_ro("limit", &Governor::limit);
 
   nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, const PackedMatrix& weight, std::optional<Floats> bias, bool int8) {

@@ -34,16 +34,18 @@ long switches_of_this_thread() {
 
 }  // namespace
 
+void Governor::pass(std::chrono::nanoseconds time) {
+  if (limit_ == threads_) return;
+  resting_ += time;
+  if (resting_ < rest_) return;
+  limit_ = threads_;
+  window_ = {};
+  switches_ = 0;
+}
+
 void Governor::observe(std::chrono::nanoseconds elapsed, long switches) {
   if (threads_ == 1) return;
-  if (limit_ < threads_) {
-    resting_ += elapsed;
-    if (resting_ < rest_) return;
-    limit_ = threads_;
-    window_ = {};
-    switches_ = 0;
-    return;
-  }
+  if (limit_ < threads_) return pass(elapsed);
   window_ += elapsed;
   switches_ += switches;
   if (window_ < kWindow) return;
@@ -93,6 +95,8 @@ void Pool::work(size_t thread) {
 }
 
 void Pool::run(const std::function<void(size_t)>& body) {
+  const auto started = std::chrono::steady_clock::now();
+  governor_.pass(started - ended_);
   body_ = &body;
   in_use_ = governor_.limit();
   next_.store(0, std::memory_order_relaxed);
@@ -101,12 +105,12 @@ void Pool::run(const std::function<void(size_t)>& body) {
     epoch_.store(((epoch_.load(std::memory_order_relaxed) >> 8) + 1) << 8 | in_use_, std::memory_order_release);
     epoch_.notify_all();
   }
-  const auto started = std::chrono::steady_clock::now();
   const long before = switches_of_this_thread();
   body(0);
   barrier();
   const long switches = switches_.load(std::memory_order_relaxed) + switches_of_this_thread() - before;
-  governor_.observe(std::chrono::steady_clock::now() - started, switches);
+  ended_ = std::chrono::steady_clock::now();
+  governor_.observe(ended_ - started, switches);
 }
 
 void Pool::barrier() {

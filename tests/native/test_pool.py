@@ -27,7 +27,7 @@ def test_a_single_loss_is_not_contention() -> None:
 
 
 def test_contention_rests_half_of_the_threads_then_tries_all() -> None:
-    limits = run(_core.Governor(4), 3.0, 500.0)
+    limits = run(_core.Governor(4), 20.0, 500.0)
     assert set(limits) == {2, 4}
     assert limits.count(2) > 0.9 * len(limits)
 
@@ -40,6 +40,14 @@ def test_rests_get_longer_and_end_when_the_machine_is_quiet() -> None:
     assert gaps[0] < gaps[1]
     assert gaps[-1] == gaps[-2]
     assert run(governor, 10.0, 0.0)[-1] == 2
+
+
+def test_a_rest_goes_by_while_nothing_runs() -> None:
+    governor = _core.Governor(2)
+    run(governor, 0.2, 500.0)
+    assert governor.limit == 1
+    governor.pass_time(5.0)
+    assert governor.limit == 2
 
 
 def test_one_thread_is_left_alone() -> None:

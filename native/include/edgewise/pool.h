@@ -18,6 +18,8 @@ class Governor {
  public:
   explicit Governor(size_t threads) : threads_(threads), limit_(threads) {}
   size_t limit() const { return limit_; }
+  // Time in which nothing ran: a rest goes by in it too.
+  void pass(std::chrono::nanoseconds time);
   // After each run: how long it took and how often its threads lost their core meanwhile.
   void observe(std::chrono::nanoseconds elapsed, long switches);
 
@@ -26,7 +28,7 @@ class Governor {
   std::chrono::nanoseconds window_{0}, resting_{0}, rest_{kFirstRest};
   long switches_ = 0;
 
-  static constexpr std::chrono::milliseconds kWindow{100}, kFirstRest{500}, kLongestRest{4000};
+  static constexpr std::chrono::milliseconds kWindow{100}, kFirstRest{125}, kLongestRest{4000};
   static constexpr double kSwitchesPerSecond = 150;  // of all threads together; a quiet machine shows about ten
 };
 
@@ -56,6 +58,7 @@ class Pool {
   std::vector<std::thread> workers_;
   const std::function<void(size_t)>* body_ = nullptr;
   size_t in_use_ = 1;
+  std::chrono::steady_clock::time_point ended_{};
   // Number of the run, and in the low byte how many threads take part: one word, so that both are seen together.
   alignas(64) std::atomic<uint64_t> epoch_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
