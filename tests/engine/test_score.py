@@ -8,7 +8,8 @@ from tiny_checkpoints import llama
 
 from edgewise.core.errors import ContextOverflowError, InvalidValueError
 from edgewise.engine.loading import model_of
-from edgewise.engine.score import kl_divergence, log_probs, windows_of
+from edgewise.engine.score import log_probs, windows_of
+from edgewise.measure.quality import kl_divergence
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from edgewise.engine.archs import plan_of
 from edgewise.engine.bench import Limits, bench, modelled_joules
 from edgewise.engine.loading import model_of
 from edgewise.engine.memory import kv_bytes
-from edgewise.engine.score import kl_divergence
 from edgewise.engine.workload import workload_of
 from edgewise.formats import write_gguf
 from edgewise.measure.energy import Energy, EnergyMeter
+from edgewise.measure.quality import kl_divergence
 from tiny_checkpoint import tiny_checkpoint, tiny_folder
 
 IDS = np.random.default_rng(0).integers(0, 256, 96).tolist()

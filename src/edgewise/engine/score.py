@@ -1,4 +1,4 @@
-"""Quality measures that need the model: log-probabilities, perplexity, distance between two models."""
+"""Quality measures that need the model: log-probabilities and perplexity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgewise.core.errors import InvalidValueError
 if TYPE_CHECKING:
     from edgewise.engine.model import LanguageModel
 
-__all__ = ["kl_divergence", "log_probs", "perplexity", "windows_of"]
+__all__ = ["log_probs", "perplexity", "windows_of"]
 
 WINDOW = 512
 
@@ -57,16 +57,3 @@ def perplexity(model: LanguageModel, text: str | Sequence[int], *, windows: int 
         if progress is not None:
             progress("perplexity", done + 1, len(cut))
     return math.exp(-total / (len(cut) * (window - 1)))
-
-
-def kl_divergence(reference: NDArray[np.float32], result: NDArray[np.float32]) -> NDArray[np.float64]:
-    """KL(reference || result) of each row of logits, (rows,) in nats."""
-    a, b = np.asarray(reference, np.float64), np.asarray(result, np.float64)
-    if a.shape != b.shape:
-        raise InvalidValueError(f"logits of one shape are compared; given {a.shape} and {b.shape}")
-    log_a = a - a.max(axis=-1, keepdims=True)
-    log_a -= np.log(np.exp(log_a).sum(axis=-1, keepdims=True))
-    log_b = b - b.max(axis=-1, keepdims=True)
-    log_b -= np.log(np.exp(log_b).sum(axis=-1, keepdims=True))
-    divergence: NDArray[np.float64] = (np.exp(log_a) * (log_a - log_b)).sum(axis=-1)
-    return divergence

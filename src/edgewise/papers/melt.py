@@ -34,12 +34,12 @@ from edgewise.engine.loading import model_of
 from edgewise.engine.model import LanguageModel
 from edgewise.engine.plan import Plan
 from edgewise.engine.profile import profile
-from edgewise.engine.score import kl_divergence
 from edgewise.engine.workload import arithmetic, workload_of
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.events import Event, EventLog
 from edgewise.measure.machine import usable_cores
 from edgewise.measure.power import PowerTrace, energy_of_turns
+from edgewise.measure.quality import kl_divergence
 from edgewise.measure.repeat import rounds
 from edgewise.native import _core
 from edgewise.papers.reference import float_reference, random_llama
