@@ -57,7 +57,7 @@ lint:
 # not ours.
 fuzz:
 	$(DEV)/python -m pip install --quiet --no-deps --upgrade --target build/asan/site \
-		-C cmake.define.EDGEWISE_ASAN=ON -C build-dir=build/asan/native .
+		--config-settings cmake.define.EDGEWISE_ASAN=ON --config-settings build-dir=build/asan/native .
 	PYTHONPATH=build/asan/site ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		$(DEV)/python tests/fuzz/run.py
