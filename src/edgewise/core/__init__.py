@@ -1,139 +1,34 @@
 """The nouns of edgewise: small immutable types that every room speaks in. NumPy only."""
 
-from edgewise.core.budget import Budget, Violation
-from edgewise.core.checkpoint import Checkpoint, Step
-from edgewise.core.device import Device, Link, Tier, Unit
-from edgewise.core.errors import (
-    BudgetError,
-    ContextOverflowError,
-    EdgewiseError,
-    EdgewiseWarning,
-    FormatError,
-    InvalidValueError,
-    MissingExtraError,
-    Notice,
-    NoticeKind,
-    SourceError,
-    StrictError,
-    UnsupportedError,
-    collect_notices,
-    notice,
-)
-from edgewise.core.graph import Graph, Node, TensorInfo
-from edgewise.core.numbers import (
-    BF16,
-    E4M3,
-    E5M2,
-    E8M0,
-    FP4,
-    FP16,
-    FP32,
-    INT1,
-    INT2,
-    INT3,
-    INT4,
-    INT5,
-    INT6,
-    INT7,
-    INT8,
-    MXFP4,
-    NF4,
-    POSIT8,
-    TERNARY,
-    Granularity,
-    NumberFormat,
-    QuantFormat,
-    bf16_to_float32,
-    dequantize,
-    float32_to_bf16,
-    int_format,
-    quantize,
-    round_to,
-)
-from edgewise.core.recipe import Claim, Recipe
-from edgewise.core.report import Origin, Quantity, Report, Table, Verdict
-from edgewise.core.schedule import Buffer, Event, Schedule, Task, Timeline
-from edgewise.core.stats import InputStats, Stats
-from edgewise.core.storage import BlockCodec, Blocks, Dense, Factored, LazyTensors, QuantizedTensor, Sparse, Stored
-from edgewise.core.workload import Op, Phase, Workload
+from __future__ import annotations
 
-__all__ = [
-    "BF16",
-    "E4M3",
-    "E5M2",
-    "E8M0",
-    "FP4",
-    "FP16",
-    "FP32",
-    "INT1",
-    "INT2",
-    "INT3",
-    "INT4",
-    "INT5",
-    "INT6",
-    "INT7",
-    "INT8",
-    "MXFP4",
-    "NF4",
-    "POSIT8",
-    "TERNARY",
-    "BlockCodec",
-    "Blocks",
-    "Budget",
-    "BudgetError",
-    "Buffer",
-    "Checkpoint",
-    "Claim",
-    "ContextOverflowError",
-    "Dense",
-    "Device",
-    "EdgewiseError",
-    "EdgewiseWarning",
-    "Event",
-    "Factored",
-    "FormatError",
-    "Granularity",
-    "Graph",
-    "InputStats",
-    "InvalidValueError",
-    "LazyTensors",
-    "Link",
-    "MissingExtraError",
-    "Node",
-    "Notice",
-    "NoticeKind",
-    "NumberFormat",
-    "Op",
-    "Origin",
-    "Phase",
-    "QuantFormat",
-    "Quantity",
-    "QuantizedTensor",
-    "Recipe",
-    "Report",
-    "Schedule",
-    "SourceError",
-    "Sparse",
-    "Stats",
-    "Step",
-    "Stored",
-    "StrictError",
-    "Table",
-    "Task",
-    "TensorInfo",
-    "Tier",
-    "Timeline",
-    "Unit",
-    "UnsupportedError",
-    "Verdict",
-    "Violation",
-    "Workload",
-    "bf16_to_float32",
-    "collect_notices",
-    "dequantize",
-    "float32_to_bf16",
-    "int_format",
-    "notice",
-    "quantize",
-    "round_to",
-]
+from importlib import import_module
+from typing import Any
+
+_NAMES = {
+    "budget": "Budget Violation",
+    "checkpoint": "Checkpoint Step",
+    "device": "Device Link Tier Unit",
+    "errors": "BudgetError ContextOverflowError EdgewiseError EdgewiseWarning FormatError InvalidValueError "
+              "MissingExtraError Notice NoticeKind SourceError StrictError UnsupportedError collect_notices "
+              "notice",
+    "graph": "Graph Node TensorInfo",
+    "numbers": "BF16 E4M3 E5M2 E8M0 FP4 FP16 FP32 INT1 INT2 INT3 INT4 INT5 INT6 INT7 INT8 MXFP4 NF4 POSIT8 "
+               "TERNARY Granularity NumberFormat QuantFormat bf16_to_float32 dequantize float32_to_bf16 "
+               "int_format quantize round_to",
+    "recipe": "Claim Recipe",
+    "report": "Origin Quantity Report Table Verdict",
+    "schedule": "Buffer Event Schedule Task Timeline",
+    "stats": "InputStats Stats",
+    "storage": "BlockCodec Blocks Dense Factored LazyTensors QuantizedTensor Sparse Stored",
+    "workload": "Op Phase Workload",
+}
+"""Public names by module. A module is imported when one of its names is first used: a start pays for what it uses."""
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,13 +148,27 @@ class Blocks(_MatmulByDense):
     codec: BlockCodec
     logical_shape: tuple[int, ...]
 
+    @staticmethod
+    def later(make: Callable[[], NDArray[np.uint8]], codec: BlockCodec, shape: tuple[int, ...]) -> Blocks:
+        """Blocks whose bytes are read, checked or moved each time they are asked for, and not before."""
+        blocks = object.__new__(Blocks)
+        for name, value in (("_make", make), ("codec", codec), ("logical_shape", shape)):
+            object.__setattr__(blocks, name, value)
+        return blocks
+
+    if not TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any:
+            if name == "raw" and "_make" in self.__dict__:
+                return self.__dict__["_make"]()
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.logical_shape
 
     @property
     def nbytes(self) -> int:
-        return int(self.raw.nbytes)
+        return math.prod(self.logical_shape) // self.codec.block * self.codec.block_nbytes
 
     def dense(self) -> Float32:
         return self.codec.decode(self.raw).reshape(self.logical_shape)
@@ -278,8 +293,9 @@ def rows_of(stored: Stored, rows: slice | int) -> Stored:
         raise InvalidValueError(f"rows {start} to {stop} of a tensor of shape {stored.shape}")
 
     if isinstance(stored, Blocks):
-        each = len(stored.raw) // max(stored.shape[0], 1)
-        return replace(stored, raw=stored.raw[start * each:stop * each], logical_shape=shape)
+        raw = stored.raw
+        each = len(raw) // max(stored.shape[0], 1)
+        return replace(stored, raw=raw[start * each:stop * each], logical_shape=shape)
     if isinstance(stored, Dense):
         return replace(stored, data=stored.data[start:stop].reshape(shape))
     if isinstance(stored, QuantizedTensor) and isinstance(rows, slice):

@@ -202,7 +202,7 @@ class _Keys:
             self.fail(name, "an array", value)
         items = value.tolist() if hasattr(value, "tolist") else list(value)
         allowed = (kind,) if kind is str else (int, float)
-        if not all(isinstance(item, allowed) for item in items):
+        if not all(issubclass(found, allowed) for found in set(map(type, items))):
             self.fail(name, f"an array of {kind.__name__}", next(i for i in items if not isinstance(i, allowed)))
         if count is not None and len(items) != count:
             raise FormatError(f"tokenizer.ggml.{name} has {len(items)} entries for {count} tokens", path=self.where)
@@ -328,13 +328,12 @@ def _given_merges(keys: _Keys) -> list[tuple[str, str]]:
     merges = keys.items("merges", str)
     if merges is None:
         raise FormatError("tokenizer.ggml.merges is missing; a byte-pair vocabulary needs them", path=keys.where)
-    pairs = []
-    for merge in merges:
-        cut = merge.find(" ", 1)  # the left part may itself start with a space
-        if cut < 0:
-            raise FormatError(f"tokenizer.ggml.merges should hold pairs with a space between; given {merge[:40]!r}",
-                              path=keys.where)
-        pairs.append((merge[:cut], merge[cut + 1:]))
+    # The left part may itself start with a space.
+    pairs = [(merge[:cut], merge[cut + 1:]) for merge in merges if (cut := merge.find(" ", 1)) > 0]
+    if len(pairs) != len(merges):
+        wrong = next(merge for merge in merges if merge.find(" ", 1) < 0)
+        raise FormatError(f"tokenizer.ggml.merges should hold pairs with a space between; given {wrong[:40]!r}",
+                          path=keys.where)
     return pairs
 
 

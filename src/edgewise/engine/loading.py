@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -19,11 +21,11 @@ from edgewise.engine.archs import plan_of
 from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel, native_errors
-from edgewise.engine.packing import Recipe, layout_of, pack_all, recipe_of, unique
+from edgewise.engine.packing import Recipe, layout_of, pack_all, read_ahead, recipe_of, unique
 from edgewise.engine.plan import Activation, Experts, Layer, Linear, Plan, for_context, layer_with
 from edgewise.formats.cache import files_key
 from edgewise.formats.sources import open_checkpoint
-from edgewise.measure.machine import usable_cores
+from edgewise.measure.cores import usable_cores
 from edgewise.native import _core  # type: ignore[attr-defined]
 
 __all__ = ["load", "model_of", "session_of"]
@@ -48,10 +50,24 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     activations: "float32" runs quantised weights on float inputs, slower and without the rounding of "int8".
     cache: map weights packed by an earlier start. Raises SourceError, FormatError, UnsupportedError, BudgetError.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
-        os.fspath(source), offline=offline, progress=progress)
-    return model_of(checkpoint, format=format, memory_bytes=memory_bytes, threads=threads, context=context, kv=kv,
-                    activations=activations, batch=batch, slots=slots, cache=cache, progress=progress)
+    with _uncollected():
+        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
+            os.fspath(source), offline=offline, progress=progress)
+        return model_of(checkpoint, format=format, memory_bytes=memory_bytes, threads=threads, context=context, kv=kv,
+                        activations=activations, batch=batch, slots=slots, cache=cache, progress=progress)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: a vocabulary is a hundred thousand objects without a cycle among them, and
+    looking for one again and again takes as long as making them."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None, memory_bytes: int | None = None,
@@ -92,10 +108,11 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     weight_bytes = layout_of(recipes)[1]
     context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads, most=most)
 
+    key = files_key(checkpoint.files) if cache and checkpoint.files and format is None else None
+    read_ahead(recipes, key)
     # Before the weights are there: building a tokenizer takes several times what it keeps.
     tokenizer: Tokenizer | None = tokenizer_of(checkpoint) if "tokenizer" in checkpoint.metadata else None
     template = None if tokenizer is None or encoder else chat_template_of(checkpoint, tokenizer)
-    key = files_key(checkpoint.files) if cache and checkpoint.files and format is None else None
     plan = for_context(plan, context)
     packed = pack_all(recipes, key=key, progress=progress)
     model = build_model(plan, packed, names)

@@ -12,15 +12,15 @@ import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import FormatError, notice
-from edgewise.core.storage import Dense, LazyTensors, QuantizedTensor, Stored, rows_of
-from edgewise.formats.ggml_blocks import codec, ggml_bytes, type_of
+from edgewise.core.storage import Blocks, Dense, LazyTensors, QuantizedTensor, Stored, rows_of
+from edgewise.formats.ggml_blocks import PLAIN, codec, ggml_bytes, type_of
 from edgewise.formats.gguf_config import ROPE_DIVISORS, config_of_keys, scaling_of_divisors
 from edgewise.formats.gguf_families import LONG_FACTORS, with_factors
 from edgewise.formats.gguf_file import GgufMetadata, GgufShards, read_gguf_raw
 from edgewise.formats.gguf_names import GgufArch, arch_of_file
 from edgewise.formats.gguf_rotary import split_rotary
 from edgewise.formats.gguf_writer import LINEAGE, write_gguf, write_gguf_raw
-from edgewise.formats.mapped import release_pages
+from edgewise.formats.mapped import read_ahead, release_pages
 
 __all__ = ["check_finite", "read_gguf", "read_gguf_raw", "write_gguf", "write_gguf_raw"]
 
@@ -32,7 +32,8 @@ def read_gguf(path: str | Path) -> Checkpoint:
 
     Nothing is copied but the rows of query and key weights, whose rotary pairs are moved from GGUF's interleaved
     order to rotate-half; they are copied each time they are asked for. A tensor with a NaN or infinite scale is
-    refused when it is first asked for. Raises SourceError, FormatError (file, tensor, byte offset), UnsupportedError.
+    refused when its values are first asked for. Raises SourceError, FormatError (file, tensor, byte offset),
+    UnsupportedError.
     """
     shards = GgufShards.open(path)
     path = Path(path)
@@ -52,8 +53,8 @@ def read_gguf(path: str | Path) -> Checkpoint:
 def check_finite(checkpoint: Checkpoint) -> None:
     """Read the scales of every tensor once, so that one that is NaN or infinite is an error now.
 
-    Tensors of `read_gguf` check themselves when they are first asked for, and name the byte; this asks for all of
-    them, and looks at those of other origin too.
+    Tensors of `read_gguf` check themselves when their values are first asked for, and name the byte; this asks for
+    all of them, and looks at those of other origin too.
     """
     for name in checkpoint.tensors:
         stored = checkpoint.tensors[name]
@@ -89,11 +90,26 @@ def _tensors(shards: GgufShards, arch: GgufArch, config: dict[str, Any], path: P
             moved = stored if heads is None else split_rotary(stored, heads)
             release_pages(shards.home[name].raw(name))  # read for the check, and for the copy
             return moved
-        return make
+
+        kind, shape = shards.home[name].tensors[name].type, shards.shape(name)
+        if kind in PLAIN or len(shape) < 2 or arch.is_raised(name) or arch.is_row(name):
+            return make
+        return lambda: Blocks.later(lambda: blocks_of(make()).raw, codec(kind), shape)
 
     def expert(name: str, number: int) -> Callable[[], Stored]:
-        return lambda: rows_of(whole(name), number)
+        kind, shape = shards.home[name].tensors[name].type, shards.shape(name)
+        if kind in PLAIN:
+            return lambda: rows_of(whole(name), number)
+        return lambda: Blocks.later(lambda: blocks_of(rows_of(whole(name), number)).raw, codec(kind), shape[1:])
 
+    def blocks_of(stored: Stored) -> Blocks:
+        assert isinstance(stored, Blocks)
+        return stored
+
+    # Vectors lie all over the file: asked for together, they come from a disk in the time of one.
+    for name, file in shards.home.items():
+        if len(shards.shape(name)) == 1:
+            read_ahead(file.raw(name))
     for name in shards.home:
         each = arch.stack(name)
         if each is not None:

