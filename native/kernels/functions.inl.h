@@ -47,12 +47,20 @@ inline Floats gelu_tanh(Floats x) {
   return mul(mul(set1(0.5f), x), add(set1(1.0f), t));
 }
 
-// x Phi(x), with the error function evaluated lane by lane.
+// x Phi(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, with erfc(a / sqrt 2) = e^-h(a) and h a polynomial without constant
+// term. Its coefficients are a minimax fit of the error of x Phi(x) over [0, 6.2]; beyond, h only has to grow, and where
+// it is clamped e^-h is as good as zero. Within 2 ulp for positive x, within 3e-7 for negative x.
 inline Floats gelu(Floats x) {
-  float lane[kLanes];
-  store(lane, x);
-  for (size_t i = 0; i < kLanes; ++i) lane[i] = 0.5f * lane[i] * (1.0f + __builtin_erff(lane[i] * 0.70710678118654752f));
-  return load(lane);
+  const Floats a = min(abs(x), set1(14.0f));
+  Floats h = set1(-1.4944469e-6f);
+  h = fma(h, a, set1(2.1805179e-5f));
+  h = fma(h, a, set1(-1.0381877e-4f));
+  h = fma(h, a, set1(-1.5330558e-4f));
+  h = fma(h, a, set1(4.9679787e-3f));
+  h = fma(h, a, set1(-3.6433440e-2f));
+  h = fma(h, a, set1(-3.1828558e-1f));
+  h = fma(h, a, set1(-7.9788655e-1f));
+  return fnma(mul(set1(0.5f), a), exponential(mul(h, a)), max(zero(), x));  // max(0, NaN) is NaN
 }
 
 }  // namespace
