@@ -32,6 +32,7 @@ Linear make_linear(const PackedMatrix& weight, const std::optional<Floats>& bias
   if (!linear.bias.empty() && linear.bias.size() != weight.rows)
     throw std::invalid_argument("a bias has " + std::to_string(linear.bias.size()) + " values; its weight has " +
                                 std::to_string(weight.rows) + " rows");
+  if (!linear.bias.empty()) linear.bias.resize(weight.panels() * kLanes);
   return linear;
 }
 

@@ -92,15 +92,13 @@ void matmul(const PackedMatrix& w, Matrix<float> x, Output<float> y, const std::
     for (size_t t = 0; t < tokens; ++t) table.rows.place(x.data() + t * w.cols, a, t);
   }
   const MatmulKernel kernel = table.matmul(w.format, int8);
-  float out[kLanes * kLanes];
+  const size_t stride = w.panels() * kLanes;
+  std::vector<float> out(a.slots * stride);
   for (size_t tile = 0; tile < a.tiles(); ++tile) {
     const size_t count = std::min(a.slots, tokens - tile * a.slots);
-    for (size_t panel = 0; panel < w.panels(); ++panel) {
-      kernel(w, panel, a, tile, 0, count, out);
-      const size_t rows = std::min(kLanes, w.rows - panel * kLanes);
-      for (size_t t = 0; t < count; ++t)
-        std::memcpy(y.data() + (tile * a.slots + t) * w.rows + panel * kLanes, out + t * kLanes, rows * sizeof(float));
-    }
+    kernel(w, 0, w.panels(), a, tile, 0, count, {out.data(), stride});
+    for (size_t t = 0; t < count; ++t)
+      std::memcpy(y.data() + (tile * a.slots + t) * w.rows, out.data() + t * stride, w.rows * sizeof(float));
   }
 }
 

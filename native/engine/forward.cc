@@ -29,7 +29,6 @@ void Session::multiply(const Work* works, size_t n, const Inputs& inputs, size_t
   size_t total = 0;
   for (size_t i = 0; i < n; ++i) total += works[i].linear->weight.panels();
   const size_t step = panels_at_once(total, config_.threads, tokens);
-  float out[kLanes * kLanes];
   for (size_t from; (from = pool_.take(step)) < total;) {
     const size_t to = std::min(total, from + step);
     size_t base = 0;
@@ -40,19 +39,9 @@ void Session::multiply(const Work* works, size_t n, const Inputs& inputs, size_t
       if (first >= last) continue;
       const Activations& x = work.linear->int8_inputs() ? inputs.int8 : inputs.floats;
       for (size_t tile = 0; tile < x.tiles(); ++tile) {
-        const size_t count = std::min(x.slots, tokens - tile * x.slots);
-        for (size_t panel = first - base; panel < last - base; ++panel) {
-          work.kernel(weight, panel, x, tile, 0, count, out);
-          const size_t row = panel * kLanes, rows = std::min(kLanes, weight.rows - row);
-          for (size_t t = 0; t < count; ++t) {
-            float* y = work.y + (tile * x.slots + t) * work.stride + row;
-            add_bias(*work.linear, row, rows, out + t * kLanes);
-            if (work.add)
-              for (size_t r = 0; r < rows; ++r) y[r] += out[t * kLanes + r];
-            else
-              std::memcpy(y, out + t * kLanes, rows * sizeof(float));
-          }
-        }
+        const size_t panel = first - base, count = std::min(x.slots, tokens - tile * x.slots);
+        work.kernel(weight, panel, last - first, x, tile, 0, count,
+                    {work.y + tile * x.slots * work.stride + panel * kLanes, work.stride, work.linear->bias_of(panel), work.add});
       }
     }
   }
@@ -64,23 +53,17 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
   const size_t step = panels_at_once(2 * panels, config_.threads, tokens);
   const Activations& x_up = layer.up.int8_inputs() ? inputs.int8 : inputs.floats;
   const Activations& x_gate = layer.gate.present() && layer.gate.int8_inputs() ? inputs.int8 : inputs.floats;
-  float gate[kLanes * kLanes], up[kLanes * kLanes];
+  float gate[kLanes * kMostPanels * kLanes];
   for (size_t from; (from = pool_.take(step)) < panels;) {
-    const size_t to = std::min(panels, from + step);
+    const size_t count_panels = std::min(panels, from + step) - from, width = count_panels * kLanes;
     for (size_t tile = 0; tile < x_up.tiles(); ++tile) {
       const size_t count = std::min(x_up.slots, tokens - tile * x_up.slots);
-      for (size_t panel = from; panel < to; ++panel) {
-        const size_t row = panel * kLanes, rows = std::min(kLanes, layer.up.rows() - row);
-        k.up(layer.up.weight, panel, x_up, tile, 0, count, up);
-        for (size_t t = 0; t < count; ++t) add_bias(layer.up, row, rows, up + t * kLanes);
-        if (layer.gate.present()) {
-          k.gate(layer.gate.weight, panel, x_gate, tile, 0, count, gate);
-          for (size_t t = 0; t < count; ++t) add_bias(layer.gate, row, rows, gate + t * kLanes);
-        }
-        kernels_.rows.gate(layer.function, layer.gate.present() ? gate : nullptr, up, count * kLanes);
-        for (size_t t = 0; t < count; ++t)
-          std::memcpy(ffn_.floats() + (tile * x_up.slots + t) * ffn_stride_ + row, up + t * kLanes, rows * sizeof(float));
-      }
+      float* up = ffn_.floats() + tile * x_up.slots * ffn_stride_ + from * kLanes;
+      k.up(layer.up.weight, from, count_panels, x_up, tile, 0, count, {up, ffn_stride_, layer.up.bias_of(from)});
+      if (layer.gate.present())
+        k.gate(layer.gate.weight, from, count_panels, x_gate, tile, 0, count, {gate, width, layer.gate.bias_of(from)});
+      for (size_t t = 0; t < count; ++t)
+        kernels_.rows.gate(layer.function, layer.gate.present() ? gate + t * width : nullptr, up + t * ffn_stride_, width);
     }
   }
   pool_.barrier();

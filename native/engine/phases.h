@@ -1,4 +1,4 @@
-// What the phases of a layer share: how much a thread takes at once, norms and biases, the inputs of linears.
+// What the phases of a layer share: how much a thread takes at once, norms, the inputs of linears.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -9,8 +9,9 @@ namespace edgewise {
 
 // Panels that a thread takes at once: enough that threads share the work evenly and that weights stay in the cache while
 // a batch passes over them.
+inline constexpr size_t kMostPanels = 16;
 inline size_t panels_at_once(size_t panels, size_t threads, size_t tokens) {
-  if (tokens == 1) return std::clamp<size_t>(panels / (threads * 6), 1, 16);
+  if (tokens == 1) return std::clamp<size_t>(panels / (threads * 6), 1, kMostPanels);
   return std::clamp<size_t>(panels / (threads * 4), 1, 8);
 }
 
@@ -23,11 +24,6 @@ inline void apply_norm(const Kernels& kernels, const Norm& norm, const float* x,
     kernels.rows.layer_norm(x, weight, bias, norm.eps, n, y);
   else if (x != y)
     std::memcpy(y, x, n * sizeof(float));
-}
-
-inline void add_bias(const Linear& linear, size_t first, size_t n, float* y) {
-  if (linear.bias.empty()) return;
-  for (size_t i = 0; i < n; ++i) y[i] += linear.bias[first + i];
 }
 
 // Inputs of a phase. For one token every thread makes its own copy, which costs less than a barrier; for more, the threads

@@ -480,14 +480,15 @@ void check_matmul(Case& test, const Kernels& found, const Kernels& reference, co
     const size_t cols = whole_records ? whole[c] : any[c];
     PackedMatrix w;
     w.format = format;
-    w.rows = 2 * kLanes;
+    w.rows = 3 * kLanes;
     w.cols = cols;
     w.panel_nbytes = format.panel_nbytes(cols);
-    w.nbytes = 2 * w.panel_nbytes;
+    w.nbytes = 3 * w.panel_nbytes;
     // Kernels prefetch past the end but do not read there.
     Buffer data(w.nbytes);
-    for (size_t panel = 0; panel < 2; ++panel) fill_panel(random, format, cols, data.data + panel * w.panel_nbytes, w.panel_nbytes);
+    for (size_t panel = 0; panel < 3; ++panel) fill_panel(random, format, cols, data.data + panel * w.panel_nbytes, w.panel_nbytes);
     w.data = data.data;
+    const std::vector<float> bias = filled<float>(3 * kLanes, [&] { return random.value(); });
     for (size_t tokens : {size_t{1}, size_t{16}, size_t{21}}) {
       Activations x;
       x.tokens = tokens, x.cols = cols, x.slots = tokens == 1 ? 1 : kLanes;
@@ -503,11 +504,16 @@ void check_matmul(Case& test, const Kernels& found, const Kernels& reference, co
       for (size_t part = 0; part < (tokens == 1 ? 1u : tokens == 16 ? 1u : 5u); ++part) {
         const auto [tile, slot, count] = parts[part];
         if (tokens == 21 && part == 0) continue;
-        for (size_t panel = 0; panel < 2; ++panel) {
-          Buffer y(4 * kLanes * count, 0xCD), z(4 * kLanes * count, 0xCD);
-          kernel(w, panel, x, tile, slot, count, y.floats());
-          plain(w, panel, x, tile, slot, count, z.floats());
-          test.floats(y.floats(), z.floats(), kLanes * count, "outputs");
+        // One panel and several, onto what is there and not, with a bias and without.
+        struct { size_t first, panels; bool add, bias; } const calls[] = {{0, 3, false, true}, {1, 1, true, false}, {1, 2, true, true}};
+        for (const auto& [first, panels, add, with_bias] : calls) {
+          const size_t stride = panels * kLanes + 3;
+          Buffer y(4 * stride * count), z(y.size);
+          for (size_t i = 0; i < stride * count; ++i) y.floats()[i] = z.floats()[i] = static_cast<float>(i % 7) - 3.0f;
+          const float* offset = with_bias ? bias.data() : nullptr;
+          kernel(w, first, panels, x, tile, slot, count, {y.floats(), stride, offset, add});
+          plain(w, first, panels, x, tile, slot, count, {z.floats(), stride, offset, add});
+          test.floats(y.floats(), z.floats(), stride * count, "outputs");
           test.same(y.data + y.size, z.data + z.size, 64, "behind the outputs");
         }
       }

@@ -5,10 +5,18 @@
 
 namespace edgewise {
 
-// out (count, 16) = 16 rows of a panel times tokens slot..slot+count-1 of a tile. The padding rows of the last panel
-// give zeros.
-using MatmulKernel = void (*)(const PackedMatrix& w, size_t panel, const Activations& x, size_t tile, size_t slot,
-                              size_t count, float* out);
+// Where products go: row r of panel p of a call for its token t is y[t * stride + 16 p + r].
+struct Products {
+  float* y;
+  size_t stride;
+  const float* bias = nullptr;  // of the call's first row on, whole panels; added first
+  bool add = false;             // onto what y holds
+};
+
+// Rows of panels panel..panel+panels-1 times tokens slot..slot+count-1 of a tile. Whole panels are written: the padding
+// rows of the last one give zeros.
+using MatmulKernel = void (*)(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile,
+                              size_t slot, size_t count, const Products& out);
 
 enum class Gate { Silu, Gelu, GeluTanh, Relu };
 

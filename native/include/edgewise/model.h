@@ -11,7 +11,8 @@ namespace edgewise {
 
 struct Linear {
   PackedMatrix weight;
-  std::vector<float> bias;  // (rows), or empty
+  std::vector<float> bias;  // (rows), with zeros up to whole panels; or empty
+  const float* bias_of(size_t panel) const { return bias.empty() ? nullptr : bias.data() + panel * kLanes; }
   size_t rows() const { return weight.rows; }
   size_t cols() const { return weight.cols; }
   bool present() const { return weight.data != nullptr; }

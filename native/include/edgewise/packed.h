@@ -56,7 +56,7 @@ struct PackedMatrix {
 
 // Inputs of a matmul for up to `capacity` tokens, in tiles of `slots` (1 or 16) so that a kernel reads them in order.
 // For tile t, block b and slot s:  q[((t * blocks + b) * slots + s) * 32 ...], scale[(t * blocks + b) * slots + s].
-// Floats are f[(t * padded + k) * slots + s].
+// Floats lie as the codes do: f[((t * blocks + b) * slots + s) * 32 ...].
 struct Activations {
   size_t tokens = 0, cols = 0, slots = 1;
   EDGEWISE_INLINE size_t blocks() const { return (cols + kBlock - 1) / kBlock; }

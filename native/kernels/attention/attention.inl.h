@@ -69,7 +69,7 @@ void quantised_scores(const AttentionTask& task, size_t first_tile, size_t last_
   const MatmulKernel kernel = matmul_kernel(keys.format, true);
   float out[kMaxQueries * kLanes];
   for (size_t tile = first_tile; tile < last_tile; ++tile) {
-    kernel(keys, tile, x, 0, 0, task.queries, out);
+    kernel(keys, tile, 1, x, 0, 0, task.queries, {out, kLanes});
     for (size_t i = 0; i < task.queries; ++i)
       store(scores + i * kChunk + (tile - base) * kLanes, mul(load(out + i * kLanes), set1(task.scale)));
   }

@@ -1,9 +1,21 @@
-// y (tokens, 16 rows of one panel) = x W^T, for every packed format. Included once per tier, inside its namespace.
+// y (tokens, rows of some panels) = x W^T, for every packed format. Included once per tier, inside its namespace.
 //
 // Order of additions, the same for one token and for many: blocks of a row in order; within a block the scaled integer
 // dot product first, then the minimum. Integers are exact, so only these float operations decide the bits.
 
 namespace {
+
+inline void put(const Products& out, size_t token, size_t panel, Floats sum) {
+  float* y = out.y + token * out.stride + panel * kLanes;
+  if (out.bias != nullptr) sum = add(sum, load(out.bias + panel * kLanes));
+  store(y, out.add ? add(load(y), sum) : sum);
+}
+
+// The output of later tokens, and of later panels.
+inline Products from_token(const Products& out, size_t token) { return {out.y + token * out.stride, out.stride, out.bias, out.add}; }
+inline Products from_panel(const Products& out, size_t panel) {
+  return {out.y + panel * kLanes, out.stride, out.bias == nullptr ? nullptr : out.bias + panel * kLanes, out.add};
+}
 
 // Codes of inputs 4i..4i+3 of a block, for i = 0..7.
 template <int Bits>
@@ -170,7 +182,7 @@ inline Codes centred_table(const PackedFormat& format) {
 
 template <class F, int Tokens>
 inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activations& x, size_t tile, size_t slot,
-                       float* out) {
+                       const Products& out) {
   const size_t blocks = x.blocks(), slots = x.slots;
   PanelReader<F> reader(w.format, p);
   Codes centred{};
@@ -219,12 +231,12 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
       }
     }
   }
-  for (int t = 0; t < Tokens; ++t) store(out + kLanes * t, sum[t]);
+  for (int t = 0; t < Tokens; ++t) put(out, static_cast<size_t>(t), 0, sum[t]);
 }
 
 // The same weights on float inputs: each value is made as the file's own decoder makes it, then multiplied.
 template <class F, int Tokens>
-inline void decoded_tile(const PackedMatrix& w, const uint8_t* p, const float* x, size_t slots, float* out) {
+inline void decoded_tile(const PackedMatrix& w, const uint8_t* p, const float* x, size_t slots, const Products& out) {
   PanelReader<F> reader(w.format, p);
   const size_t blocks = (w.cols + kBlock - 1) / kBlock;
   constexpr bool table_codes = F::kKind == Kind::Table;
@@ -247,32 +259,37 @@ inline void decoded_tile(const PackedMatrix& w, const uint8_t* p, const float* x
         Floats value = mul(scale, sub(byte_of(c[i], j), centre));
         if constexpr (F::kKind == Kind::Minimum) value = F::Nested ? sub(value, min) : add(value, min);
 #pragma GCC unroll 16
-        for (int t = 0; t < Tokens; ++t) sum[t] = fma(value, set1(x[k * slots + t]), sum[t]);
+        for (int t = 0; t < Tokens; ++t) sum[t] = fma(value, set1(x[(b * slots + static_cast<size_t>(t)) * kBlock + k % kBlock]), sum[t]);
       }
     }
   }
-  for (int t = 0; t < Tokens; ++t) store(out + kLanes * t, sum[t]);
+  for (int t = 0; t < Tokens; ++t) put(out, static_cast<size_t>(t), 0, sum[t]);
 }
 
 template <class F>
-void decoded_panel(const PackedMatrix& w, size_t panel, const Activations& x, size_t tile, size_t slot, size_t count,
-                   float* out) {
-  const uint8_t* p = w.panel(panel);
-  const float* f = x.f + tile * x.padded() * x.slots + slot;
-  size_t t = 0;
-  for (; t + 4 <= count; t += 4) decoded_tile<F, 4>(w, p, f + t, x.slots, out + kLanes * t);
-  for (; t < count; ++t) decoded_tile<F, 1>(w, p, f + t, x.slots, out + kLanes * t);
+void decoded_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
+                    size_t count, const Products& out) {
+  const float* f = x.f + (tile * x.blocks() * x.slots + slot) * kBlock;
+  for (size_t i = 0; i < panels; ++i) {
+    const Products part = from_panel(out, i);
+    size_t t = 0;
+    for (; t + 4 <= count; t += 4) decoded_tile<F, 4>(w, w.panel(panel + i), f + t * kBlock, x.slots, from_token(part, t));
+    for (; t < count; ++t) decoded_tile<F, 1>(w, w.panel(panel + i), f + t * kBlock, x.slots, from_token(part, t));
+  }
 }
 
 template <class F>
-void quantised_panel(const PackedMatrix& w, size_t panel, const Activations& x, size_t tile, size_t slot, size_t count,
-                     float* out) {
-  const uint8_t* p = w.panel(panel);
-  size_t t = 0;
-  for (; t + kTile <= count; t += kTile) panel_tile<F, kTile>(w, p, x, tile, slot + t, out + kLanes * t);
-  if constexpr (kTile > 4)
-    for (; t + 4 <= count; t += 4) panel_tile<F, 4>(w, p, x, tile, slot + t, out + kLanes * t);
-  for (; t < count; ++t) panel_tile<F, 1>(w, p, x, tile, slot + t, out + kLanes * t);
+void quantised_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
+                      size_t count, const Products& out) {
+  for (size_t i = 0; i < panels; ++i) {
+    const uint8_t* p = w.panel(panel + i);
+    const Products part = from_panel(out, i);
+    size_t t = 0;
+    for (; t + kTile <= count; t += kTile) panel_tile<F, kTile>(w, p, x, tile, slot + t, from_token(part, t));
+    if constexpr (kTile > 4)
+      for (; t + 4 <= count; t += 4) panel_tile<F, 4>(w, p, x, tile, slot + t, from_token(part, t));
+    for (; t < count; ++t) panel_tile<F, 1>(w, p, x, tile, slot + t, from_token(part, t));
+  }
 }
 
 template <Element E>
@@ -282,47 +299,70 @@ inline Floats load_column(const uint8_t* p, size_t k) {
   if constexpr (E == Element::BFloat16) return load_bfloat(reinterpret_cast<const uint16_t*>(p) + kLanes * k);
 }
 
-template <Element E, int Tokens>
-inline void float_tile(const uint8_t* p, size_t cols, const float* x, size_t slots, float* out) {
+// Panels x Tokens sums in registers: each column and each input that is loaded serves several of them.
+template <Element E, int Panels, int Tokens>
+inline void float_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const float* x, size_t slots, const Products& out) {
   constexpr size_t width = E == Element::Float32 ? 64 : 32;
-  Floats sum[Tokens];
-  for (int t = 0; t < Tokens; ++t) sum[t] = zero();
-  for (size_t k = 0; k < cols; ++k) {
-    prefetch(p + k * width + 2048);
-    const Floats w = load_column<E>(p, k);
+  Floats sum[Panels * Tokens];
+  for (int i = 0; i < Panels * Tokens; ++i) sum[i] = zero();
+  for (size_t first = 0; first < cols; first += kBlock, x += slots * kBlock) {
+    const size_t count = cols - first < kBlock ? cols - first : kBlock;
+    for (size_t k = 0; k < count; ++k) {
+      Floats w[Panels];
+#pragma GCC unroll 4
+      for (int i = 0; i < Panels; ++i) {
+        const uint8_t* panel = p + static_cast<size_t>(i) * panel_nbytes;
+        prefetch(panel + (first + k) * width + 2048);
+        w[i] = load_column<E>(panel, first + k);
+      }
 #pragma GCC unroll 16
-    for (int t = 0; t < Tokens; ++t) sum[t] = fma(w, set1(x[k * slots + t]), sum[t]);
+      for (int t = 0; t < Tokens; ++t) {
+        const Floats input = set1(x[static_cast<size_t>(t) * kBlock + k]);
+#pragma GCC unroll 4
+        for (int i = 0; i < Panels; ++i) sum[i * Tokens + t] = fma(w[i], input, sum[i * Tokens + t]);
+      }
+    }
   }
-  for (int t = 0; t < Tokens; ++t) store(out + kLanes * t, sum[t]);
+  for (int i = 0; i < Panels; ++i)
+    for (int t = 0; t < Tokens; ++t) put(out, static_cast<size_t>(t), static_cast<size_t>(i), sum[i * Tokens + t]);
+}
+
+template <Element E, int Panels, int Tokens>
+inline void float_tiles(const PackedMatrix& w, size_t panel, const Activations& x, const float* f, size_t count, const Products& out) {
+  const uint8_t* p = w.panel(panel);
+  size_t t = 0;
+  for (; t + Tokens <= count; t += Tokens)
+    float_tile<E, Panels, Tokens>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t));
+  if constexpr (Tokens > 4)
+    for (; t + 4 <= count; t += 4) float_tile<E, Panels, 4>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t));
+  for (; t < count; ++t) float_tile<E, Panels, 1>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t));
 }
 
 template <Element E>
-void float_panel(const PackedMatrix& w, size_t panel, const Activations& x, size_t tile, size_t slot, size_t count,
-                 float* out) {
-  const uint8_t* p = w.panel(panel);
-  const float* f = x.f + tile * x.padded() * x.slots + slot;
-  size_t t = 0;
-  for (; t + kTile <= count; t += kTile) float_tile<E, kTile>(p, w.cols, f + t, x.slots, out + kLanes * t);
-  if constexpr (kTile > 4)
-    for (; t + 4 <= count; t += 4) float_tile<E, 4>(p, w.cols, f + t, x.slots, out + kLanes * t);
-  for (; t < count; ++t) float_tile<E, 1>(p, w.cols, f + t, x.slots, out + kLanes * t);
+void float_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
+                  size_t count, const Products& out) {
+  const float* f = x.f + (tile * x.blocks() * x.slots + slot) * kBlock;
+  size_t i = 0;
+  if constexpr (kTile >= 16)
+    for (; i + 2 <= panels; i += 2) float_tiles<E, 2, kTile / 2>(w, panel + i, x, f, count, from_panel(out, i));
+  for (; i < panels; ++i) float_tiles<E, 1, kTile>(w, panel + i, x, f, count, from_panel(out, i));
 }
 
 }  // namespace
 
 MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs) {
   switch (format.element) {
-    case Element::Float32: return &float_panel<Element::Float32>;
-    case Element::Float16: return &float_panel<Element::Float16>;
-    case Element::BFloat16: return &float_panel<Element::BFloat16>;
+    case Element::Float32: return &float_panels<Element::Float32>;
+    case Element::Float16: return &float_panels<Element::Float16>;
+    case Element::BFloat16: return &float_panels<Element::BFloat16>;
     default: break;
   }
   const Kind kind = format.element == Element::Table ? Kind::Table : format.has_min ? Kind::Minimum : Kind::Symmetric;
   const bool nested = format.scale == ScaleType::Nested, halves = format.sub_group == 16;
 #define EDGEWISE_MATMUL(bits_, kind_, nested_, halves_)                                                       \
   if (format.bits == bits_ && kind == Kind::kind_ && nested == nested_ && halves == halves_)                  \
-    return int8_inputs ? &quantised_panel<Format<bits_, Kind::kind_, nested_, halves_>>                       \
-                       : &decoded_panel<Format<bits_, Kind::kind_, nested_, halves_>>;
+    return int8_inputs ? &quantised_panels<Format<bits_, Kind::kind_, nested_, halves_>>                       \
+                       : &decoded_panels<Format<bits_, Kind::kind_, nested_, halves_>>;
 #include "kernels/matmul/kernels.inc"
 #undef EDGEWISE_MATMUL
   return nullptr;

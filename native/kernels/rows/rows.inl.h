@@ -77,9 +77,13 @@ void quantise(const float* row, Activations& x, size_t token) {
 }
 
 void place(const float* row, Activations& x, size_t token) {
-  const size_t tile = token / x.slots, slot = token % x.slots;
-  float* f = x.f + tile * x.padded() * x.slots + slot;
-  for (size_t k = 0; k < x.cols; ++k) f[k * x.slots] = row[k];
+  const size_t blocks = x.blocks(), tile = token / x.slots, slot = token % x.slots;
+  for (size_t b = 0; b < blocks; ++b) {
+    const size_t from = b * kBlock;
+    float* f = x.f + ((tile * blocks + b) * x.slots + slot) * kBlock;
+    store(f, load_tail(row + from, x.cols - from));
+    store(f + kLanes, x.cols - from > kLanes ? load_tail(row + from + kLanes, x.cols - from - kLanes) : zero());
+  }
 }
 
 float sum_of_exponentials(const float* x, float peak, size_t n) {
