@@ -72,6 +72,20 @@ void check_layer(const Model& m, const Layer& l, size_t index) {
   } else {
     gated(l.gate, l.up, l.down);
   }
+  if (l.bias && l.bias->heads() != l.heads)
+    fail("a bias of " + std::to_string(l.bias->heads()) + " heads; attention has " + std::to_string(l.heads));
+  if (l.cross) {
+    const Cross& c = *l.cross;
+    if (c.heads == 0 || c.kv_heads == 0 || c.heads % c.kv_heads != 0) fail("cross-attention: heads is not a multiple of kv_heads");
+    if (c.head_dim == 0 || c.head_dim > kMaxHeadDim)
+      fail("cross-attention: head_dim is " + std::to_string(c.head_dim) + "; at most " + std::to_string(kMaxHeadDim));
+    if (l.post_norm) fail("cross-attention follows attention that is normed before");
+    shape(c.q, "cross q", c.heads * c.head_dim, m.hidden);
+    shape(c.k, "cross k", c.kv_heads * c.head_dim, c.k.cols());
+    shape(c.v, "cross v", c.kv_heads * c.head_dim, c.k.cols());
+    shape(c.o, "cross o", m.hidden, c.heads * c.head_dim);
+    if (c.norm.weight.size() != m.hidden) fail("the norm before cross-attention does not fit hidden");
+  }
   if (l.rope >= 0) {
     if (static_cast<size_t>(l.rope) >= m.ropes.size()) fail("rope index out of range");
     if (2 * m.ropes[static_cast<size_t>(l.rope)].inverse_frequency.size() > l.head_dim) fail("rotary dimensions exceed head_dim");
@@ -141,6 +155,18 @@ void bind_engine(nb::module_& m) {
              experts.experts.push_back({gate ? *gate : Linear{}, up, down, function_named(function)});
            }, "gate"_a.none(), "up"_a, "down"_a, "function"_a, "The next expert; the shared one comes last");
 
+  nb::class_<RelativeBias>(m, "RelativeBias", "Added to scores by distance, (heads, 2 reach + 1)")
+      .def("__init__", [](RelativeBias* self, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> values) {
+             if (values.shape(1) % 2 == 0 || values.shape(1) > size_t{1} << 24)
+               throw std::invalid_argument("a relative bias has values for distances -reach .. reach");
+             new (self) RelativeBias(values.data(), values.shape(0), values.shape(1) / 2);
+           }, "values"_a);
+  nb::class_<Cross>(m, "Cross", "Attention over an encoder's states; see engine/plan.py")
+      .def("__init__", [](Cross* self, const Linear& q, const Linear& k, const Linear& v, const Linear& o, const Norm& norm, size_t heads,
+                          size_t kv_heads, size_t head_dim, float scale) {
+             new (self) Cross{q, k, v, o, norm, heads, kv_heads, head_dim, scale};
+           }, "q"_a, "k"_a, "v"_a, "o"_a, "norm"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a);
+
   nb::class_<Model>(m, "Model", "Weights of a Plan; see engine/plan.py")
       .def("__init__", [](Model* self, size_t hidden, size_t vocab, size_t context) {
              new (self) Model();
@@ -174,20 +200,22 @@ void bind_engine(nb::module_& m) {
                            const Linear* down, const Norm& attention_norm, const Norm& feed_forward_norm, size_t heads, size_t kv_heads,
                            size_t head_dim, float scale, int rope, const std::string& visible, size_t window, const std::string& function, bool post_norm,
                            const Norm* q_norm, const Norm* k_norm, const Norm* after_attention, const Norm* after_feed_forward,
-                           const Experts* experts) {
+                           const Experts* experts, std::shared_ptr<const RelativeBias> bias, const Cross* cross) {
              auto or_absent = [](const Linear* linear) { return linear ? *linear : Linear{}; };
              auto or_none = [](const Norm* norm) { return norm ? *norm : Norm{}; };
              Layer layer{q, k, v, o, or_absent(gate), or_absent(up), or_absent(down), attention_norm, feed_forward_norm, or_none(q_norm), or_none(k_norm),
                          or_none(after_attention), or_none(after_feed_forward), heads, kv_heads, head_dim, scale, rope,
                          pick<Visible>("policy", visible, {{"causal", Visible::Causal}, {"sliding", Visible::Sliding}, {"full", Visible::Full}}),
                          window,
-                         function_named(function), post_norm, experts ? std::make_shared<const Experts>(*experts) : nullptr};
+                         function_named(function), post_norm, experts ? std::make_shared<const Experts>(*experts) : nullptr, std::move(bias),
+                         cross ? std::make_shared<const Cross>(*cross) : nullptr};
              check_layer(model, layer, model.layers.size());
              model.layers.push_back(std::move(layer));
            }, "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a.none(), "up"_a.none(), "down"_a.none(), "attention_norm"_a, "feed_forward_norm"_a, "heads"_a, "kv_heads"_a,
            "head_dim"_a, "scale"_a, "rope"_a, "visible"_a, "window"_a, "function"_a, "post_norm"_a,
            "q_norm"_a.none() = nb::none(), "k_norm"_a.none() = nb::none(), "after_attention"_a.none() = nb::none(),
-           "after_feed_forward"_a.none() = nb::none(), "experts"_a.none() = nb::none())
+           "after_feed_forward"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "bias"_a.none() = nb::none(),
+           "cross"_a.none() = nb::none())
       .def_prop_ro("layers", [](const Model& model) { return model.layers.size(); });
 
   nb::class_<Choice>(m, "Choice").def_ro("token", &Choice::token).def_ro("logprob", &Choice::logprob).def_ro("alternatives", &Choice::alternatives);
@@ -207,10 +235,16 @@ void bind_engine(nb::module_& m) {
            }, "logits"_a);
 
   nb::class_<Session>(m, "Session", "Runs a Model; see session.h")
-      .def("__init__", [](Session* self, std::shared_ptr<const Model> model, const std::string& kv, size_t context, size_t slots, size_t threads, size_t batch) {
+      .def("__init__", [](Session* self, std::shared_ptr<const Model> model, const std::string& kv, size_t context, size_t slots, size_t threads, size_t batch,
+                          size_t source, const Session* beside) {
              const KvType type = pick<KvType>("KV format", kv, {{"fp32", KvType::Float32}, {"fp16", KvType::Float16}, {"int8", KvType::Int8}, {"int4", KvType::Int4}});
-             new (self) Session(std::move(model), {type, context, slots, threads, batch});
-           }, "model"_a, "kv"_a, "context"_a, "slots"_a, "threads"_a, "batch"_a)
+             new (self) Session(std::move(model), {type, context, slots, threads, batch, source}, beside);
+           }, "model"_a, "kv"_a, "context"_a, "slots"_a, "threads"_a, "batch"_a, "source"_a = 0, "beside"_a.none() = nb::none())
+      .def("set_source", [](Session& s, size_t slot, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> states) {
+             nb::gil_scoped_release release;
+             s.set_source(slot, states.data(), states.shape(0), states.shape(1));
+           }, "slot"_a, "states"_a, "States of an encoder, (positions, width), that the slot's tokens attend to from now on")
+      .def("source_length", &Session::source_length, "slot"_a)
       .def("forward", [](Session& s, Tokens tokens, Tokens slots) {
              if (tokens.size() != slots.size()) throw std::invalid_argument("tokens and slots differ in length");
              nb::gil_scoped_release release;
@@ -269,7 +303,8 @@ void bind_engine(nb::module_& m) {
       .def("truncate", &Session::truncate, "slot"_a, "length"_a)
       .def("set_capture", &Session::set_capture, "on"_a)
       .def("captured", [](Session& s, const std::string& site) {
-             const auto& values = s.captured(pick<Site>("site", site, {{"attention", Site::Attention}, {"output", Site::Output}, {"feed_forward", Site::FeedForward}, {"down", Site::Down}}));
+             const auto& values = s.captured(pick<Site>("site", site, {{"attention", Site::Attention}, {"output", Site::Output}, {"feed_forward", Site::FeedForward}, {"down", Site::Down},
+                                                                              {"source", Site::Source}, {"cross", Site::Cross}, {"cross_output", Site::CrossOutput}}));
              float* out;
              const size_t rows = std::max<size_t>(s.count(), 1);
              nb::object array = new_array({rows, values.size() / rows}, &out);

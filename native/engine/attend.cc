@@ -1,10 +1,16 @@
 // Attention over the keys and values of a slot. Every function here runs on all threads at once.
-#include <algorithm>
-#include <cstring>
-
-#include "edgewise/session.h"
+#include "engine/attend.h"
 
 namespace edgewise {
+
+RelativeBias::RelativeBias(const float* values, size_t heads, size_t reach) : reach(reach), stride(2 * (reach + kLanes)) {
+  const size_t known = 2 * reach + 1;
+  for (size_t head = 0; head < heads; ++head, values += known) {
+    table.insert(table.end(), kLanes, values[0]);
+    table.insert(table.end(), values, values + known);
+    table.insert(table.end(), kLanes - 1, values[known - 1]);
+  }
+}
 
 // Query or key heads as attention compares them: each normed where the layer asks for it, then rotated by halves,
 // (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of the rotary dimensions.
@@ -52,9 +58,11 @@ void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
   const size_t first = static_cast<size_t>(begin) / kChunk, last = (static_cast<size_t>(end) + kChunk - 1) / kChunk;
   const size_t chunks = last - first;
   const size_t own_chunk = static_cast<size_t>(positions_[0]) / kChunk;
-  int32_t begins[kMaxQueries], stops[kMaxQueries];
+  int32_t begins[kMaxQueries], stops[kMaxQueries], positions[kMaxQueries];
+  const float* biases[kMaxQueries];
   std::fill_n(begins, kMaxQueries, begin);
   std::fill_n(stops, kMaxQueries, end);
+  std::fill_n(positions, kMaxQueries, positions_[0]);
   float* local = thread_attention_[thread].floats() + kAttentionScratch;
 
   for (size_t item; (item = pool_.take(1)) < layer.kv_heads * chunks;) {
@@ -71,6 +79,12 @@ void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
     turn(layer, layer.q_norm, local, group, 0);
     AttentionTask task{&layout, keys(index, slot, kv_head), values(index, slot, kv_head), local, layer.head_dim, group,
                        begins, stops, layer.scale};
+    if (layer.bias) {
+      biases_of(layer.bias.get(), head, group, biases);
+      task.bias = biases;
+      task.position = positions;
+      task.reach = static_cast<int32_t>(layer.bias->reach);
+    }
     float* out = partial_.floats() + (chunk - first) * layer.heads * (padded + 2);
     kernels_.attention.chunk(task, chunk, out + head * padded, out + layer.heads * padded + head,
                              out + layer.heads * (padded + 1) + head, thread_attention_[thread].floats());
@@ -105,7 +119,7 @@ void Session::merge_one(const Layer& layer, size_t index, float* out) const {
 
 void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
   const KvLayout& layout = kv_layout_[index];
-  const size_t group = layer.heads / layer.kv_heads, dim = layer.head_dim, padded = layout.padded();
+  const size_t dim = layer.head_dim;
   // Keys and values of all tokens first: later tokens of a slot see earlier ones of the same pass. Tokens are taken in
   // order within a head, so that two threads never write into one key tile.
   for (size_t kv_head; (kv_head = pool_.take(1)) < layer.kv_heads;)
@@ -118,53 +132,15 @@ void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
     }
   pool_.barrier();
 
-  const size_t heads_at_once = std::min(group, kMaxQueries), passes = (group + heads_at_once - 1) / heads_at_once;
-  const size_t tokens_at_once = std::max<size_t>(1, kMaxQueries / heads_at_once);
-  const size_t token_groups = (count_ + tokens_at_once - 1) / tokens_at_once;
-  float* scratch = thread_attention_[thread].floats();
-  float* sums = scratch + kAttentionScratch;           // (queries, padded)
-  float* parts = sums + kMaxQueries * kMaxHeadDim;            // the chunk at hand
-  float* rotated = parts + kMaxQueries * kMaxHeadDim;  // (queries, dim)
-  for (size_t item; (item = pool_.take(1)) < token_groups * layer.kv_heads * passes;) {
-    const size_t from = item / (layer.kv_heads * passes) * tokens_at_once, to = std::min(count_, from + tokens_at_once);
-    const size_t kv_head = item / passes % layer.kv_heads, pass = item % passes;
-    const size_t head = kv_head * group + pass * heads_at_once, heads = std::min(heads_at_once, group - pass * heads_at_once);
-    for (size_t t = from; t < to;) {  // tokens of one slot share a pass
-      size_t next = t + 1;
-      while (next < to && slots_[next] == slots_[t]) ++next;
-      const size_t slot = static_cast<size_t>(slots_[t]), queries = (next - t) * heads;
-      int32_t begins[kMaxQueries], stops[kMaxQueries];
-      int32_t lowest = INT32_MAX, highest = 0;
-      for (size_t i = 0; i < queries; ++i) {
-        const size_t token = t + i / heads;
-        visible_range(layer, token, begins[i], stops[i]);
-        lowest = std::min(lowest, begins[i]);
-        highest = std::max(highest, stops[i]);
-      }
-      float* q = rotated;
-      for (size_t i = 0; i < queries; i += heads) {
-        std::memcpy(q + i * dim, q_.floats() + (t + i / heads) * q_stride_ + head * dim, heads * dim * sizeof(float));
-        turn(layer, layer.q_norm, q + i * dim, heads, t + i / heads);
-      }
-      AttentionTask task{&layout, keys(index, slot, kv_head), values(index, slot, kv_head), q, dim, queries, begins, stops, layer.scale};
-      float peak[kMaxQueries], weight[kMaxQueries], part_peak[kMaxQueries], part_weight[kMaxQueries];
-      const size_t first = static_cast<size_t>(lowest) / kChunk, last = (static_cast<size_t>(highest) + kChunk - 1) / kChunk;
-      for (size_t chunk = first; chunk < last; ++chunk) {
-        if (chunk == first) {
-          kernels_.attention.chunk(task, chunk, sums, peak, weight, scratch);
-          continue;
-        }
-        kernels_.attention.chunk(task, chunk, parts, part_peak, part_weight, scratch);
-        for (size_t i = 0; i < queries; ++i)
-          kernels_.attention.merge(sums + i * padded, peak + i, weight + i, parts + i * padded, part_peak[i], part_weight[i], padded);
-      }
-      for (size_t i = 0; i < queries; ++i)
-        kernels_.attention.finish(sums + i * padded, weight[i], dim,
-                                  attention_.floats() + (t + i / heads) * q_stride_ + (head + i % heads) * dim);
-      t = next;
-    }
-  }
-  pool_.barrier();
+  const Attended to{layout, layer.heads, layer.kv_heads, layer.scale, layer.bias.get()};
+  attend_rows(
+      thread, to,
+      [&](size_t slot, size_t head, const uint8_t*& heads_values) {
+        heads_values = values(index, slot, head);
+        return keys(index, slot, head);
+      },
+      [&](size_t token, int32_t& begin, int32_t& end) { visible_range(layer, token, begin, end); },
+      [&](float* q, size_t heads, size_t token) { turn(layer, layer.q_norm, q, heads, token); });
 }
 
 }  // namespace edgewise

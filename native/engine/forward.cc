@@ -132,6 +132,7 @@ void Session::run_layer(size_t index, size_t thread) {
     if (normed_after) add_normed(layer.after_attention);
   }
   if (layer.post_norm) norm_rows(layer.attention_norm, thread);
+  if (layer.cross) attend_across(*layer.cross, index, thread);
   if (layer.experts) return feed_experts(layer, k, thread);
   {
     const Inputs inputs = prepare(thread, hidden, count_, any_int8({&layer.gate, &layer.up}), any_float({&layer.gate, &layer.up}),

@@ -43,8 +43,9 @@ MatmulKernel Session::kernel_for(const Linear& linear) const {
   return kernel;
 }
 
-Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config)
-    : model_(std::move(model)), config_(config), kernels_(kernels(tier_in_use())), pool_(std::max<size_t>(config.threads, 1)) {
+Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config, const Session* beside)
+    : model_(std::move(model)), config_(config), kernels_(kernels(tier_in_use())),
+      threads_(beside != nullptr ? beside->threads_ : std::make_shared<Pool>(std::max<size_t>(config.threads, 1))), pool_(*threads_) {
   const Model& m = *model_;
   config_.threads = pool_.threads();
   config_.context = std::max<size_t>(config.context, 1);
@@ -78,11 +79,19 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
       }
       add_experts(experts, layer_kernels_.back());
     }
+    add_cross(layer.cross.get(), layer_kernels_.back());
+    if (layer.cross) {
+      const Cross& cross = *layer.cross;
+      max_cols_ = std::max({max_cols_, cross.k.cols(), cross.o.cols()});
+      q_width = std::max(q_width, cross.heads * cross.head_dim);
+      kv_width = std::max(kv_width, cross.kv_heads * cross.head_dim);
+    }
     const size_t chunks = (config_.context + kChunk - 1) / kChunk;
     partial = std::max(partial, layer.heads * chunks * (layout.padded() + 2));
   }
   if (m.head.present()) head_kernel_ = kernel_for(m.head);
   kv_ = Pages(kv_nbytes);
+  cross_kv_ = Pages(cross_nbytes_);
 
   hidden_stride_ = padded16(m.hidden);
   q_stride_ = padded16(q_width);
@@ -123,6 +132,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     logits_ = Pages(logits_rows_ * logits_stride_ * 4);
   }
   lengths_.assign(config_.slots, 0);
+  source_lengths_.assign(config_.slots, 0);
   cosine_.resize(m.ropes.size());
   sine_.resize(m.ropes.size());
 }
@@ -187,6 +197,8 @@ void Session::begin(const int32_t* tokens, const int32_t* slots, size_t count) {
       throw std::invalid_argument("token " + std::to_string(tokens[i]) + " is outside the vocabulary of " + std::to_string(m.vocab));
     if (slots[i] < 0 || static_cast<size_t>(slots[i]) >= config_.slots)
       throw std::invalid_argument("slot " + std::to_string(slots[i]) + ", but the session has " + std::to_string(config_.slots));
+    if (cross_nbytes_ > 0 && source_lengths_[static_cast<size_t>(slots[i])] == 0)
+      throw std::invalid_argument("slot " + std::to_string(slots[i]) + " has no source to attend to: call set_source() first");
     const size_t position = next[static_cast<size_t>(slots[i])]++;
     if (position >= config_.context)
       throw ContextOverflow("position " + std::to_string(position) + " is beyond the context of " +

@@ -589,8 +589,18 @@ void check_attention(Tier tier, const AttentionKernels& found, const AttentionKe
           end[i] = 1 + random.below(static_cast<int>(positions));
           begin[i] = random.below(3) == 0 ? random.below(end[i] + 5) : 0;
         }
-        const AttentionTask task{&layout, keys.data, values.data, q.data(), padded, queries, begin.data(), end.data(),
-                                 1.0f / std::sqrt(static_cast<float>(dim))};
+        AttentionTask task{&layout, keys.data, values.data, q.data(), padded, queries, begin.data(), end.data(),
+                           1.0f / std::sqrt(static_cast<float>(dim))};
+        // Every other time a bias by distance: tables of all queries side by side, from -reach - 16 to reach + 15.
+        const int reach = 1 + random.below(80);
+        const std::vector<float> table = filled<float>(queries * 2 * (static_cast<size_t>(reach) + kLanes), [&] { return random.value(); });
+        std::vector<const float*> bias(queries);
+        std::vector<int32_t> position(queries);
+        for (size_t i = 0; i < queries; ++i) {
+          bias[i] = table.data() + (2 * i + 1) * (static_cast<size_t>(reach) + kLanes);
+          position[i] = random.below(static_cast<int>(positions));
+        }
+        if (random.below(2)) task.bias = bias.data(), task.position = position.data(), task.reach = reach;
         struct State {
           Buffer out, peak, weight, scratch;
           State(size_t n, size_t padded) : out(4 * n * padded, 0), peak(4 * n, 0), weight(4 * n, 0), scratch(4 * kAttentionScratch, 0) {}

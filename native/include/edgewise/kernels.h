@@ -46,6 +46,11 @@ struct AttentionTask {
   const int32_t* begin;   // each query sees positions begin <= p < end
   const int32_t* end;
   float scale;
+  // Added to the score of a key by its distance from the query. bias[i][d] for d from -reach - 16 to reach + 15, and what
+  // lies beyond is as at -reach and at reach; null: nothing is added.
+  const float* const* bias = nullptr;
+  const int32_t* position = nullptr;  // of each query
+  int32_t reach = 0;
 };
 
 struct RowKernels {

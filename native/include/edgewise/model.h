@@ -46,6 +46,24 @@ struct Experts {
   size_t per_token() const { return top_k + (shared() ? 1 : 0); }
 };
 
+// Added to scores by the distance from query to key, -reach .. reach, as further away at both ends.
+struct RelativeBias {
+  size_t reach = 0, stride = 0;
+  std::vector<float> table;  // (heads, stride): sixteen more of the last at either end
+  // values: (heads, 2 reach + 1).
+  RelativeBias(const float* values, size_t heads, size_t reach);
+  const float* of(size_t head) const { return table.data() + head * stride + reach + kLanes; }  // at distance 0
+  size_t heads() const { return table.size() / stride; }
+};
+
+// Attention over what an encoder gave, between a layer's attention and its feed-forward.
+struct Cross {
+  Linear q, k, v, o;  // k and v read the encoder's states
+  Norm norm;
+  size_t heads = 0, kv_heads = 0, head_dim = 0;
+  float scale = 1;
+};
+
 enum class Visible { Causal, Sliding, Full };
 
 struct Layer {
@@ -61,6 +79,8 @@ struct Layer {
   Gate function = Gate::Silu;
   bool post_norm = false;
   std::shared_ptr<const Experts> experts;
+  std::shared_ptr<const RelativeBias> bias;  // one may serve many layers
+  std::shared_ptr<const Cross> cross;
 };
 
 struct Model {

@@ -38,14 +38,16 @@ struct SessionConfig {
   size_t slots = 1;
   size_t threads = 1;
   size_t batch = 256;  // tokens in one pass
+  size_t source = 0;   // states of an encoder per slot, for layers with cross-attention
 };
 
 // Inputs of a layer's linears, kept when capture is on.
-enum class Site { Attention, Output, FeedForward, Down };
+enum class Site { Attention, Output, FeedForward, Down, Source, Cross, CrossOutput };
 
 class Session {
  public:
-  Session(std::shared_ptr<const Model> model, const SessionConfig& config);
+  // beside: a session whose threads this one uses too; the two never run at once.
+  Session(std::shared_ptr<const Model> model, const SessionConfig& config, const Session* beside = nullptr);
 
   // One pass over up to `batch` tokens: token i continues slot slots[i] at that slot's next position.
   // Several tokens of one slot are in order. Afterwards hidden() holds their states, ready for logits().
@@ -54,6 +56,11 @@ class Session {
   // The same in steps, for policies that act between layers.
   void begin(const int32_t* tokens, const int32_t* slots, size_t count);
   void run_layers(size_t first, size_t last);
+
+  // What the tokens of a slot attend to across: states (n, width) of an encoder. Keys and values of every layer are made
+  // once, here; the slot starts anew.
+  void set_source(size_t slot, const float* states, size_t n, size_t width);
+  size_t source_length(size_t slot) const { return source_lengths_.at(slot); }
 
   size_t count() const { return count_; }
   float* hidden() { return x_.floats(); }
@@ -74,7 +81,7 @@ class Session {
 
   size_t length(size_t slot) const { return lengths_.at(slot); }
   void truncate(size_t slot, size_t length);
-  size_t kv_nbytes() const { return kv_.nbytes(); }
+  size_t kv_nbytes() const { return kv_.nbytes() + cross_kv_.nbytes(); }
   size_t scratch_nbytes() const;
   size_t threads() const { return pool_.threads(); }
   Tier tier() const { return kernels_.tier; }
@@ -102,11 +109,23 @@ class Session {
   struct LayerKernels {
     MatmulKernel q, k, v, o, gate, up, down;
     MatmulKernel router = nullptr, shared_gate = nullptr;
+    MatmulKernel cross_q = nullptr, cross_k = nullptr, cross_v = nullptr, cross_o = nullptr;
     std::vector<ExpertKernels> experts = {};
   };
   struct Group {  // the tokens of a pass that go through one expert: entries first .. first + count of the order
     size_t expert, first, count, tile;  // tile: number of the first of its tiles among all
     Inputs inputs, middle;              // of gate and up; of down
+  };
+
+  struct Attended {  // what queries look at
+    const KvLayout& layout;
+    size_t heads, kv_heads;
+    float scale;
+    const RelativeBias* bias;
+  };
+  struct CrossKv {  // of one layer: where the keys and values of an encoder's states lie
+    KvLayout layout = {};
+    size_t offset = 0, key_nbytes = 0, value_nbytes = 0;  // of slot 0; of one head
   };
 
   MatmulKernel kernel_for(const Linear& linear) const;
@@ -131,6 +150,12 @@ class Session {
   void attend_one(const Layer& layer, size_t index, size_t thread);
   void merge_one(const Layer& layer, size_t index, float* out) const;
   void attend_many(const Layer& layer, size_t index, size_t thread);
+  template <class Place, class Range, class Turn>
+  void attend_rows(size_t thread, const Attended& to, Place place, Range range, Turn turn);
+  void add_cross(const Cross* cross, LayerKernels& kernels);
+  void attend_across(const Cross& cross, size_t index, size_t thread);
+  void store_source(const Cross& cross, size_t index, size_t slot, const float* states, size_t first, size_t n, size_t thread);
+  uint8_t* cross_keys(size_t layer, size_t slot, size_t head) const;
   void visible_range(const Layer& layer, size_t token, int32_t& begin, int32_t& end) const;
   void norm_rows(const Norm& norm, size_t thread);
   void head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread);
@@ -145,7 +170,8 @@ class Session {
   std::shared_ptr<const Model> model_;
   SessionConfig config_;
   const Kernels& kernels_;
-  Pool pool_;
+  std::shared_ptr<Pool> threads_;
+  Pool& pool_;
   MatmulKernel head_kernel_ = nullptr;
   std::vector<LayerKernels> layer_kernels_;
 
@@ -154,6 +180,10 @@ class Session {
   std::vector<size_t> key_head_nbytes_;  // per layer
   std::vector<size_t> value_head_nbytes_;
   Pages kv_;
+  std::vector<CrossKv> cross_;           // per layer, where any has cross-attention
+  size_t cross_nbytes_ = 0;
+  Pages cross_kv_;
+  std::vector<size_t> source_lengths_;   // per slot
 
   size_t count_ = 0;
   std::vector<int32_t> tokens_, slots_, positions_, ends_;
@@ -187,7 +217,7 @@ class Session {
   size_t rope_positions_ = 0;
 
   bool capture_ = false;
-  std::vector<float> captured_[4];
+  std::vector<float> captured_[7];
 };
 
 }  // namespace edgewise

@@ -75,6 +75,19 @@ void quantised_scores(const AttentionTask& task, size_t first_tile, size_t last_
   }
 }
 
+// The distances of a tile's keys are sixteen in a row, so their biases are too.
+void add_bias(const AttentionTask& task, size_t first_tile, size_t last_tile, float* scores) {
+  const size_t base = first_tile / (kChunk / kLanes) * (kChunk / kLanes);
+  const long reach = task.reach, lanes = static_cast<long>(kLanes);
+  for (size_t i = 0; i < task.queries; ++i)
+    for (size_t tile = first_tile; tile < last_tile; ++tile) {
+      const long distance = static_cast<long>(tile * kLanes) - task.position[i];
+      const long known = distance < -reach - lanes ? -reach - lanes : distance > reach ? reach : distance;
+      float* lane = scores + i * kChunk + (tile - base) * kLanes;
+      store(lane, add(load(lane), load(task.bias[i] + known)));
+    }
+}
+
 inline Floats load_value(const uint8_t* value, size_t d, size_t padded, KvType type) {
   if (type == KvType::Float32) return load(reinterpret_cast<const float*>(value) + d);
   if (type == KvType::Float16) return load_half(reinterpret_cast<const uint16_t*>(value) + d);
@@ -142,6 +155,7 @@ void chunk_of(const AttentionTask& task, size_t chunk, float* out, float* peak, 
     float_scores<Queries, Type>(task, first_tile, last_tile, scores);
   else
     quantised_scores(task, first_tile, last_tile, scores, scratch + kMaxQueries * kChunk);
+  if (task.bias != nullptr) add_bias(task, first_tile, last_tile, scores);
 
   const Floats hidden = set1(kHidden);
   for (int i = 0; i < Queries; ++i) {
