@@ -9,10 +9,26 @@ import numpy as np
 
 from edgewise.core.numbers import BF16, FP16, QuantFormat, quantize
 from edgewise.core.storage import Dense, QuantizedTensor, Stored
-from edgewise.engine.plan import Attention, AttentionPolicy, FeedForward, Layer, Linear, Norm, Plan, Rope
+from edgewise.engine.build import build_model
+from edgewise.engine.loading import recipes_of
+from edgewise.engine.packing import pack_all
+from edgewise.engine.plan import (
+    Attention,
+    AttentionPolicy,
+    CrossAttention,
+    FeedForward,
+    Layer,
+    Linear,
+    Norm,
+    Plan,
+    RelativeBias,
+    Rope,
+)
 from edgewise.formats.ggml_blocks import READ, WRITTEN, codec, encode, stored_of
+from edgewise.native import _core
 
-__all__ = ["MIXED", "decoder", "encoder", "ids_for", "logits", "stored", "weights"]
+__all__ = ["MIXED", "answer", "biased", "decoder", "encoder", "encoder_decoder", "ids_for", "logits", "read",
+           "sessions", "stored", "weights"]
 
 MIXED = {"q": "Q4_K", "k": "Q6_K", "v": "F16", "o": "Q4_1", "gate": "Q5_K", "up": "MXFP4", "down": "Q2_K",
          "embedding": "BF16", "head": "Q8_0"}
@@ -109,6 +125,67 @@ def encoder(*, positions: int = 64, seed: int = 0, **changes: Any) -> Plan:
     return replace(plan, arch="bert", kind="encoder", layers=layers, head=None, final_norm=None, position_offset=2,
                    position_embedding=weights(rng, positions + 2, plan.hidden, plan.hidden**0.5),
                    token_type_embedding=weights(rng, 2, plan.hidden), embedding_norm=_norm(rng, plan.hidden, "layer"))
+
+
+def biased(plan: Plan, *, buckets: int = 12, most: int = 40, seed: int = 3) -> Plan:
+    """The plan with a bias by distance instead of rotary embeddings, one table for all layers."""
+    rng = np.random.default_rng(seed)
+    heads = plan.layers[0].attention.heads
+    bias = RelativeBias(rng.standard_normal((buckets, heads)).astype(np.float32), most,
+                        plan.layers[0].attention.policy.kind == "full")
+    return replace(plan, layers=tuple(
+        replace(layer, attention=replace(layer.attention, rope=None, bias=bias)) for layer in plan.layers))
+
+
+def encoder_decoder(*, forms: dict[str, str] | None = None, seed: int = 0, groups: tuple[int, int] = (4, 2),
+                    cross_groups: tuple[int, int] = (4, 4), **changes: Any) -> Plan:
+    """A T5-like plan whose encoder has other head counts than its decoder, and cross-attention others again."""
+    rng = np.random.default_rng(seed + 7)
+    heads, kv_heads = groups
+    first = changes.get("layers", 1)
+    plan = decoder(heads=heads, kv_heads=kv_heads, forms=forms, seed=seed, **changes)
+    reader = biased(decoder(heads=3, kv_heads=3, forms=forms, seed=seed + 1, first=first,
+                            policy=AttentionPolicy("full"), **changes), seed=seed + 2)
+    reader = replace(reader, kind="encoder", head=None, embedding=plan.embedding)
+    heads, kv_heads = cross_groups
+    dim = plan.layers[0].attention.head_dim
+
+    def linear(i: int, part: str, rows: int, cols: int, peak: float = 1.0) -> Linear:
+        form = (forms or {}).get(part, (forms or {}).get("all", "F32"))
+        return Linear(f"{i}.cross.{part}", stored(weights(rng, rows, cols, peak), form), None,
+                      "float32" if form in ("F32", "F16", "BF16") else "int8")
+
+    layers = tuple(
+        replace(layer, cross=CrossAttention(
+            linear(i, "q", heads * dim, plan.hidden, 2.0), linear(i, "k", kv_heads * dim, plan.hidden, 2.0),
+            linear(i, "v", kv_heads * dim, plan.hidden), linear(i, "o", plan.hidden, heads * dim),
+            _norm(rng, plan.hidden), heads, kv_heads, dim, dim**-0.5))
+        for i, layer in enumerate(plan.layers))
+    return replace(biased(plan, seed=seed), arch="t5", kind="encoder-decoder", layers=layers, encoder=reader, start=0)
+
+
+def sessions(plan: Plan, *, context: int, kv: str = "fp32", batch: int = 256, slots: int = 1,
+             threads: int = 1) -> tuple[Any, Any]:
+    """The native sessions of an encoder-decoder: of its encoder, and of its decoder."""
+    recipes, names = recipes_of(plan)
+    packed = pack_all(recipes, key=None)
+    reader = _core.Session(build_model(plan.encoder, packed, names), "fp32", context, 1, threads, context)
+    return reader, _core.Session(build_model(plan, packed, names), kv, context, slots, threads, batch, context, reader)
+
+
+def read(pair: tuple[Any, Any], text: np.ndarray, *, slot: int = 0) -> None:
+    """Let a slot of a decoder attend to a text."""
+    reader, session = pair
+    reader.truncate(0, 0)
+    reader.forward(text, np.zeros(len(text), np.int32))
+    session.set_source(slot, reader.normed(np.arange(len(text), dtype=np.int32)))
+
+
+def answer(pair: tuple[Any, Any], text: np.ndarray, ids: np.ndarray, *, step: int | None = None,
+           slot: int = 0) -> np.ndarray:
+    """Logits (len(ids), vocab) of a decoder's ids after a text."""
+    read(pair, text, slot=slot)
+    return logits(pair[1], ids, step=step, slot=slot)
 
 
 def ids_for(plan: Plan, n: int, seed: int = 1) -> np.ndarray:

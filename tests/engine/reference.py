@@ -16,12 +16,14 @@ from edgewise.core.storage import Dense
 from edgewise.engine.plan import (
     Attention,
     AttentionPolicy,
+    CrossAttention,
     Experts,
     FeedForward,
     Layer,
     Linear,
     Norm,
     Plan,
+    RelativeBias,
     Rope,
     for_context,
 )
@@ -29,14 +31,19 @@ from edgewise.engine.plan import (
 __all__ = ["MUTATIONS", "forward", "mutations_of", "round_activations", "round_kv"]
 
 
-def forward(plan: Plan, ids, *, token_types=None, dtype=np.float64, activations: str = "exact",
+def forward(plan: Plan, ids, *, decoder_ids=None, token_types=None, dtype=np.float64, activations: str = "exact",
             kv: str = "fp32", context: int | None = None) -> np.ndarray:
     """Logits (n, vocab) of a decoder, hidden states (n, hidden) of an encoder, for ids (n,).
 
     activations: "exact" leaves the inputs of linears alone; "plan" rounds them as each linear's activation says.
     kv: keys and values are kept in this format; quantised keys meet queries in int8.
     context: what the model is loaded with; None: the length of the text.
+    decoder_ids: of an encoder-decoder, what its logits (len(decoder_ids), vocab) are of; the encoder reads ids.
     """
+    states = None
+    if plan.encoder is not None:
+        states = forward(plan.encoder, ids, dtype=dtype, activations=activations)
+        ids = decoder_ids
     ids = np.asarray(ids, np.int64)
     plan = for_context(plan, len(ids) if context is None else context)
     run = _Run(dtype, activations == "plan", kv)
@@ -51,6 +58,8 @@ def forward(plan: Plan, ids, *, token_types=None, dtype=np.float64, activations:
     for layer in plan.layers:
         if layer.order == "pre":
             h = h + after(layer.after_attention, run.attention(layer.attention, norm(layer.attention_norm, h)))
+            if layer.cross is not None:
+                h = h + run.attention(_across(layer.cross), norm(layer.cross.norm, h), states)
             h = h + after(layer.after_feed_forward, run.feed_forward(layer, norm(layer.feed_forward_norm, h)))
         else:
             h = norm(layer.attention_norm, h + run.attention(layer.attention, h))
@@ -107,6 +116,22 @@ def sees(policy: AttentionPolicy, n: int) -> np.ndarray:
     return mask
 
 
+def bucket(bias: RelativeBias, distance: int) -> int:
+    """arXiv:1910.10683, section 2.1: small distances by themselves, larger ones by their logarithm."""
+    count, first = len(bias.table), 0
+    if bias.bidirectional:
+        count //= 2
+        first = count if distance > 0 else 0
+        size = abs(distance)
+    else:
+        size = max(-distance, 0)
+    exact = count // 2
+    if size < exact:
+        return first + size
+    wide = math.log(size / exact) / math.log(bias.most / exact) * (count - exact)
+    return first + min(exact + int(wide), count - 1)
+
+
 def activate(function: str, x: np.ndarray) -> np.ndarray:
     """silu: x sigmoid(x). gelu: x Phi(x), exactly or by its tanh formula (arXiv:1606.08415). relu."""
     if function == "silu":
@@ -139,6 +164,11 @@ def round_kv(x: np.ndarray, kv: str) -> np.ndarray:
     return round_activations(x, levels=127 if kv == "int8" else 7)
 
 
+def _across(cross: CrossAttention) -> Attention:
+    return Attention(cross.q, cross.k, cross.v, cross.o, cross.heads, cross.kv_heads, cross.head_dim, cross.scale,
+                     policy=AttentionPolicy("full"))
+
+
 class _Run:
     def __init__(self, dtype, round_inputs: bool, kv: str = "fp32") -> None:
         self.dtype = dtype
@@ -151,12 +181,16 @@ class _Run:
         y = x @ linear.weight.dense().astype(self.dtype).T
         return y if linear.bias is None else y + linear.bias
 
-    def attention(self, a: Attention, x: np.ndarray) -> np.ndarray:
-        """Query head j uses key and value head j // (heads / kv_heads) (arXiv:2305.13245)."""
+    def attention(self, a: Attention, x: np.ndarray, states: np.ndarray | None = None) -> np.ndarray:
+        """Query head j uses key and value head j // (heads / kv_heads) (arXiv:2305.13245). states: what keys are of."""
         n, d = len(x), a.head_dim
-        q, k, v = self.linear(a.q, x), self.linear(a.k, x), self.linear(a.v, x)
-        visible = sees(a.policy, n)
+        seen = x if states is None else states
+        q, k, v = self.linear(a.q, x), self.linear(a.k, seen), self.linear(a.v, seen)
+        visible = sees(a.policy, n) if states is None else np.ones((n, len(states)), bool)
         out = np.zeros((n, a.heads * d), self.dtype)
+        if a.bias is not None:
+            near = {distance: bucket(a.bias, distance) for distance in range(1 - n, n)}
+            of = np.array([[near[key - query] for key in range(n)] for query in range(n)])
         for head in range(a.heads):
             group = head // (a.heads // a.kv_heads)
             qh, kh, vh = q[:, head * d:(head + 1) * d], k[:, group * d:(group + 1) * d], v[:, group * d:(group + 1) * d]
@@ -166,7 +200,10 @@ class _Run:
             kh, vh = round_kv(kh, self.kv), round_kv(vh, self.kv)
             if self.kv in ("int8", "int4"):
                 qh = round_activations(qh)
-            score = np.where(visible, qh @ kh.T * a.scale, -np.inf)
+            score = qh @ kh.T * a.scale
+            if a.bias is not None:
+                score = score + a.bias.table[of, head]
+            score = np.where(visible, score, -np.inf)
             weight = np.exp(score - score.max(axis=1, keepdims=True))
             out[:, head * d:(head + 1) * d] = (weight / weight.sum(axis=1, keepdims=True)) @ vh
         return self.linear(a.o, out)
@@ -294,6 +331,18 @@ def _less_one(parameters: Norm) -> Norm:
     return replace(parameters, weight=parameters.weight - np.float32(1))
 
 
+def _each_bias(change: Callable[[RelativeBias], RelativeBias]) -> Callable[[Plan], Plan]:
+    def of(plan: Plan) -> Plan:
+        encoder = None if plan.encoder is None else of(plan.encoder)
+        return replace(_each_attention(lambda a: a if a.bias is None else replace(a, bias=change(a.bias)))(plan),
+                       encoder=encoder)
+    return of
+
+
+def _each_cross(change: Callable[[CrossAttention], CrossAttention]) -> Callable[[Plan], Plan]:
+    return _each_layer(lambda layer: layer if layer.cross is None else replace(layer, cross=change(layer.cross)))
+
+
 def _exchange_kinds(plan: Plan) -> Plan:
     """The layers' policies and rotary embeddings in the opposite order."""
     kinds = [(layer.attention.policy, layer.attention.rope) for layer in plan.layers][::-1]
@@ -348,6 +397,14 @@ MUTATIONS: dict[str, Callable[[Plan], Plan]] = {
     "probabilities normalised or not": _each_experts(lambda f: replace(f, normalise=not f.normalise)),
     "shared expert left out": _each_experts(lambda f: replace(f, shared=None)),
     "shared expert not gated": _each_experts(lambda f: replace(f, shared_gate=None)),
+    "distances the other way": _each_bias(lambda b: replace(b, table=np.roll(b.table, len(b.table) // 2, axis=0))),
+    "biases of other heads": _each_bias(lambda b: replace(b, table=np.roll(b.table, 1, axis=1))),
+    "nearer distances are one": _each_bias(lambda b: replace(b, most=max(b.most * 2 // 3, len(b.table) // 2 + 1))),
+    "distances of one direction": _each_bias(lambda b: replace(b, bidirectional=not b.bidirectional)),
+    "cross-attention left out": _each_layer(lambda layer: replace(layer, cross=None)),
+    "cross-attention scaled": _each_cross(lambda c: replace(c, scale=c.head_dim**-0.5)),
+    "cross norm epsilon": _each_cross(lambda c: replace(c, norm=_eps(c.norm))),
+    "logit scale": lambda plan: replace(plan, logit_scale=1.0),
     "query bias left out": _each_attention(lambda a: replace(a, q=replace(a.q, bias=None))),
 }
 """Name -> a function that returns the plan with one mistake in it. The plan given is not modified."""
@@ -391,6 +448,13 @@ def mutations_of(plan: Plan) -> list[str]:
         absent |= {"one expert less", "experts in another order", "probabilities normalised or not"}
     if not routed or routed[0].shared is None:
         absent |= {"shared expert left out", "shared expert not gated"}
+    if first.attention.bias is None:
+        absent |= {"distances the other way", "biases of other heads", "nearer distances are one",
+                   "distances of one direction"}
+    if first.cross is None:
+        absent |= {"cross-attention left out", "cross-attention scaled", "cross norm epsilon"}
+    if plan.logit_scale == 1.0:
+        absent.add("logit scale")
     if first.attention.q.bias is None:
         absent.add("query bias left out")
     if first.attention_norm.kind == "layer":

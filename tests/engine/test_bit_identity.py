@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from plans import MIXED, decoder, ids_for, logits
+from plans import MIXED, answer, biased, decoder, encoder_decoder, ids_for, logits, read, sessions
 from reference import forward
 
 from edgewise.engine.loading import session_of
@@ -19,6 +19,13 @@ PLANS = {
     "codes": decoder(hidden=96, heads=16, kv_heads=1, head_dim=16, ffn=112, biases=True, context=N,
                      forms={"all": "int4/g32/fp16/min", "down": "int3/g16/fp16", "embedding": "F16",
                             "head": "int8/axis"}),
+    "biased": biased(decoder(heads=3, kv_heads=3, head_dim=32, context=N, forms={"all": "Q8_0", "embedding": "F32"},
+                             hidden=64, ffn=96), most=100),
+}
+ANSWERED = {
+    "float": encoder_decoder(layers=2, context=N),
+    "codes": encoder_decoder(hidden=96, ffn=64, cross_groups=(6, 2), context=N, forms={
+        "all": "int4/g32/fp16/min", "down": "int3/g16/fp16", "embedding": "F16", "head": "int8/axis"}),
 }
 
 
@@ -96,3 +103,47 @@ def test_the_bits_are_those_of_the_right_answer(name):
     miss = np.abs(logits(session_of(plan, kv="fp32"), ids) - expected) / np.abs(expected).max()
     assert miss.mean() < 2e-4
     assert miss.max() < 2e-2
+
+
+@pytest.mark.parametrize("kv", ["fp16", "int8"])
+@pytest.mark.parametrize("name", ANSWERED)
+def test_answers_to_a_text(name, kv, tier):
+    """Threads, passes, and how the text's keys were made."""
+    plan = ANSWERED[name]
+    text, ids = ids_for(plan, N, 5), ids_for(plan, 70)
+    expected = answer(sessions(plan, context=N, kv=kv), text, ids)
+    for threads, batch, step in ((2, 256, None), (3, 256, None), (1, 64, 1), (2, 64, 7), (2, 1, 1), (3, 33, 33)):
+        found = answer(sessions(plan, context=N, kv=kv, threads=threads, batch=batch), text, ids, step=step)
+        assert np.array_equal(found, expected), (threads, batch, step)
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_answers_to_texts_side_by_side(name, tier):
+    """Three texts in three slots, their answers token by token in turn; then one slot gets another text."""
+    plan = ANSWERED[name]
+    texts = [ids_for(plan, n, seed) for seed, n in enumerate((60, 41, 1))]
+    answers = [ids_for(plan, n, seed) for seed, n in enumerate((25, 9, 20), 7)]
+    alone = [answer(sessions(plan, context=64), text, ids) for text, ids in zip(texts, answers, strict=True)]
+    pair = sessions(plan, context=64, slots=3, batch=20, threads=2)
+    for slot, text in enumerate(texts):
+        read(pair, text, slot=slot)
+    order = [(slot, i) for i in range(25) for slot in range(3) if i < len(answers[slot])]
+    found = [[], [], []]
+    for start in range(0, len(order), 20):
+        part = order[start:start + 20]
+        pair[1].forward(np.int32([answers[slot][i] for slot, i in part]), np.int32([slot for slot, _ in part]))
+        for (slot, _), row in zip(part, pair[1].logits(np.arange(len(part), dtype=np.int32)), strict=True):
+            found[slot].append(row)
+    for slot in range(3):
+        assert np.array_equal(np.stack(found[slot]), alone[slot])
+    assert np.array_equal(answer(pair, texts[0], answers[0], slot=1), alone[0])
+
+
+def test_tiers_agree_on_answers(monkeypatch):
+    for plan in ANSWERED.values():
+        found = []
+        for each in tiers():
+            monkeypatch.setenv("EDGEWISE_ISA", each)
+            found.append(answer(sessions(plan, context=48), ids_for(plan, 40, 5), ids_for(plan, 20), step=13))
+        for other in found[1:]:
+            assert np.array_equal(other, found[0])

@@ -13,7 +13,7 @@ from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.storage import Dense, Stored
 from edgewise.formats.gguf_writer import write_gguf
 
-__all__ = ["EOS", "bert", "byte_tokenizer", "gguf_file", "llama"]
+__all__ = ["EOS", "bert", "byte_tokenizer", "gguf_file", "llama", "t5"]
 
 EOS = 256
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
@@ -87,6 +87,42 @@ def bert(*, positions: int = 48, vocab: int = 257, hidden: int = 32, seed: int =
         "model_type": "bert", "hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": 1,
         "num_attention_heads": 2, "vocab_size": vocab, "max_position_embeddings": positions, "type_vocab_size": 2,
         "pad_token_id": 0}, tensors, metadata, source="tiny-bert")
+
+
+def t5(*, tokenizer: bytes | None = None, hidden: int = 64, heads: int = 3, size: int = 24, ffn: int = 96,
+       layers: int = 2, vocab: int = 257, positions: int = 64, seed: int = 0, gated: bool = True,
+       **config: Any) -> Checkpoint:
+    """T5 1.1, gated and with an output layer of its own; or T5 with neither."""
+    rng = np.random.default_rng(seed)
+    inner = heads * size
+    tensors: dict[str, Stored] = {"shared.weight": _dense(rng, vocab, hidden, 2.0)}
+    if gated:
+        tensors["lm_head.weight"] = _dense(rng, vocab, hidden, 2.0)
+    for stack in ("encoder", "decoder"):
+        tensors[f"{stack}.final_layer_norm.weight"] = Dense(np.ones(hidden, np.float32))
+        for i in range(layers):
+            block = f"{stack}.block.{i}.layer"
+            attentions = ["0.SelfAttention"] + ["1.EncDecAttention"] * (stack == "decoder")
+            for name in attentions:
+                for part in "qkv":
+                    tensors[f"{block}.{name}.{part}.weight"] = _dense(rng, inner, hidden, 0.6 if part != "v" else 1.0)
+                tensors[f"{block}.{name}.o.weight"] = _dense(rng, hidden, inner)
+            if i == 0:
+                tensors[f"{block}.0.SelfAttention.relative_attention_bias.weight"] = Dense(
+                    rng.standard_normal((32, heads)).astype(np.float32))
+            last = len(attentions)
+            for part in ("wi_0", "wi_1") if gated else ("wi",):
+                tensors[f"{block}.{last}.DenseReluDense.{part}.weight"] = _dense(rng, ffn, hidden)
+            tensors[f"{block}.{last}.DenseReluDense.wo.weight"] = _dense(rng, hidden, ffn)
+            for part in range(last + 1):
+                tensors[f"{block}.{part}.layer_norm.weight"] = Dense(
+                    (1 + 0.2 * rng.standard_normal(hidden)).astype(np.float32))
+    return Checkpoint("t5", {
+        "model_type": "t5", "d_model": hidden, "d_kv": size, "d_ff": ffn, "num_layers": layers, "num_heads": heads,
+        "vocab_size": vocab, "n_positions": positions, "decoder_start_token_id": 0, "pad_token_id": 0,
+        "tie_word_embeddings": not gated, "feed_forward_proj": "gated-gelu" if gated else "relu",
+        "layer_norm_epsilon": 1e-6, **config}, tensors,
+        {"tokenizer": tokenizer or byte_tokenizer(), "generation": {"eos_token_id": EOS}}, source="tiny-t5")
 
 
 def gguf_file(path: Path, form: str = "Q8_0", **changes: Any) -> Path:

@@ -15,7 +15,8 @@ import numpy as np
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.storage import Dense, Stored
 
-__all__ = ["DECODERS", "ENCODERS", "POSITIONS", "VOCAB", "build", "checkpoint_of", "ids_of", "save", "torch_output"]
+__all__ = ["DECODERS", "ENCODERS", "ENCODER_DECODERS", "POSITIONS", "VOCAB", "build", "checkpoint_of", "ids_of", "save",
+           "torch_output"]
 
 VOCAB = 96
 POSITIONS = 80
@@ -73,6 +74,23 @@ def _encoder(family: str, **changes: Any) -> Any:
     return getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**config))
 
 
+def _t5(family: str = "T5", *, untied: bool = False, **changes: Any) -> Any:
+    """untied: transformers ties the output layer of a new model in any case, but not one that a file brings."""
+    import torch
+    import transformers
+
+    config = {"vocab_size": VOCAB, "d_model": 64, "d_kv": 24, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2,
+              "num_heads": 4, "layer_norm_epsilon": 1e-3, "relative_attention_num_buckets": 12,
+              "relative_attention_max_distance": 20, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+              "attn_implementation": "eager", **({"tie_word_embeddings": False} if untied else {}), **changes}
+    made = getattr(transformers, f"{family}Config")(**config)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(made)
+    if untied:
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(VOCAB, 64))
+        model.config.tie_word_embeddings = False
+    return model
+
+
 DECODERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: _llama(),
     "llama tied": lambda: _llama(tie_word_embeddings=True),
@@ -126,11 +144,21 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 }
 
 
+ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
+    "t5": lambda: _t5(),
+    "t5 head size": lambda: _t5(d_kv=16, num_heads=3, num_layers=2, feed_forward_proj="gated-silu"),
+    "t5 1.1": lambda: _t5(untied=True, feed_forward_proj="gated-gelu"),
+    "t5 buckets": lambda: _t5(relative_attention_num_buckets=32, relative_attention_max_distance=128),
+    "mt5": lambda: _t5("MT5", untied=True),
+    "umt5": lambda: _t5("UMT5"),
+}
+
+
 def build(name: str, seed: int = 0) -> Any:
-    """The model of that name in DECODERS or ENCODERS with seeded random parameters, in evaluation mode, float32."""
+    """The model of that name in one of the tables above, parameters seeded and random, in evaluation mode, float32."""
     import torch
 
-    model = {**DECODERS, **ENCODERS}[name]()
+    model = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}[name]()
     generator = torch.Generator().manual_seed(seed)
     gemma = "gemma" in model.config.model_type
     with torch.no_grad():
@@ -140,6 +168,15 @@ def build(name: str, seed: int = 0) -> Any:
                 parameter.copy_(0.2 * noise)
             elif parameter.ndim == 1:  # Gemma's norms multiply by one more than their weight
                 parameter.copy_((0 if gemma else 1) + 0.2 * noise)
+            elif "relative_attention_bias" in parameter_name:
+                parameter.copy_(2.0 * noise)
+            elif "t5" in model.config.model_type and parameter_name in ("shared.weight", "lm_head.weight"):
+                parameter.copy_((0.2 if parameter_name.startswith("shared") else 0.5) * noise)
+            elif ".SelfAttention." in parameter_name or ".EncDecAttention." in parameter_name:  # scores are not scaled
+                size = model.config.d_kv**-0.25 if parameter_name.endswith(("q.weight", "k.weight")) else 1.0
+                parameter.copy_(1.4 * size * noise / parameter.shape[-1] ** 0.5)
+            elif ".wi" in parameter_name:  # where the two formulas of GELU differ most
+                parameter.copy_(2.0 * noise / parameter.shape[-1] ** 0.5)
             elif "embed" in parameter_name:
                 parameter.copy_((0.3 / model.config.hidden_size**0.5 if gemma else 0.3) * noise)
             else:

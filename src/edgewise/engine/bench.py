@@ -18,7 +18,7 @@ import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.device import Device
-from edgewise.core.errors import ContextOverflowError, InvalidValueError, notice
+from edgewise.core.errors import ContextOverflowError, InvalidValueError, UnsupportedError, notice
 from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.workload import Workload
 from edgewise.engine.archs import plan_of
@@ -174,6 +174,9 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(os.fspath(source), progress=progress)
     counts = list(dict.fromkeys(threads)) or [usable_cores().usable]
     plan = plan_of(checkpoint)
+    if plan.kind == "encoder-decoder":
+        raise UnsupportedError(f"{checkpoint.source} is an encoder-decoder ({checkpoint.arch}), which bench does not "
+                               "time: it has decoders and encoders; edgewise run --stats times a text and its answer")
     encoder = plan.kind == "encoder"
     tests = _tests(prompts, generated, depths, encoder)
     context = max(test.positions for test in tests)

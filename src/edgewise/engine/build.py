@@ -16,11 +16,15 @@ __all__ = ["build_model", "linears_of"]
 
 
 def linears_of(plan: Plan) -> Iterator[Linear]:
-    """Every linear of the plan, the embedding table first, the head last."""
+    """Every linear of the plan, the embedding table first, the head last; of an encoder-decoder, those of both."""
     yield plan.embedding
+    if plan.encoder is not None:
+        yield from linears_of(plan.encoder)
     for layer in plan.layers:
         attention = layer.attention
         yield from (attention.q, attention.k, attention.v, attention.o)
+        if layer.cross is not None:
+            yield from (layer.cross.q, layer.cross.k, layer.cross.v, layer.cross.o)
         if isinstance(layer.feed_forward, Experts):
             yield layer.feed_forward.router
             if layer.feed_forward.shared_gate is not None:
@@ -34,7 +38,7 @@ def linears_of(plan: Plan) -> Iterator[Linear]:
 
 
 def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any:
-    """names: the packed name of each stored object, by id()."""
+    """names: the packed name of each stored object, by id(). Of an encoder-decoder, the decoder."""
 
     def matrix(stored: Stored) -> Any:
         return packed.matrices[names[id(stored)]]
@@ -56,13 +60,17 @@ def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any
     if plan.token_type_embedding is not None:
         model.set_token_types(_floats(plan.token_type_embedding))
     ropes: dict[int, int] = {}
+    biases: dict[int, Any] = {}
     for layer in plan.layers:
-        _add_layer(model, layer, linear, ropes)
+        bias = layer.attention.bias
+        if bias is not None and id(bias) not in biases:
+            biases[id(bias)] = _core.RelativeBias(bias.by_distance(bias.most))
+        _add_layer(model, layer, linear, ropes, None if bias is None else biases[id(bias)])
     return model
 
 
-def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int]) -> None:
-    attention, feed_forward = layer.attention, layer.feed_forward
+def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int], bias: Any) -> None:
+    attention, feed_forward, cross = layer.attention, layer.feed_forward, layer.cross
     rope = -1
     if attention.rope is not None:
         if id(attention.rope) not in ropes:
@@ -77,7 +85,10 @@ def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int]) -> 
         window=attention.policy.window, function=layer.feed_forwards[0].function, post_norm=layer.order == "post",
         q_norm=_norm_or_none(attention.q_norm), k_norm=_norm_or_none(attention.k_norm),
         after_attention=_norm_or_none(layer.after_attention),
-        after_feed_forward=_norm_or_none(layer.after_feed_forward))
+        after_feed_forward=_norm_or_none(layer.after_feed_forward), bias=bias,
+        cross=None if cross is None else _core.Cross(
+            linear(cross.q), linear(cross.k), linear(cross.v), linear(cross.o), _norm(cross.norm), cross.heads,
+            cross.kv_heads, cross.head_dim, cross.scale))
 
 
 def _feed_forward(part: FeedForward | Experts, linear: Any) -> dict[str, Any]:

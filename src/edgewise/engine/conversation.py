@@ -40,8 +40,9 @@ class Conversation:
     def __init__(self, model: LanguageModel, options: GenerationOptions | None = None, *,
                  system: str | None = None) -> None:
         if model.kind != "decoder":
+            what = "gives embeddings" if model.kind == "encoder" else "answers one text at a time: use generate(text)"
             raise UnsupportedError(f"a conversation needs a decoder; {model.checkpoint.source} is an {model.kind} "
-                                   f"({model.checkpoint.arch}), which gives embeddings")
+                                   f"({model.checkpoint.arch}), which {what}")
         self.model = model
         self.options = options or GenerationOptions(overflow="restart")
         self.system = system

@@ -125,7 +125,12 @@ class Generation:
             self.finish_reason = "length"
             return
         started = time.perf_counter()
-        self.reused_tokens = _prefill(model, prompt)
+        if model.start is None:
+            self.reused_tokens = _prefill(model, prompt)
+        else:  # the text is read by the encoder, and the answer begins with a token of its own
+            self.reused_tokens = model.read_source(prompt)
+            prompt = [model.start]
+            _prefill(model, prompt)
         self.prefill_s = time.perf_counter() - started
         sampler = _core.Sampler(
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
@@ -179,7 +184,7 @@ class Generation:
             notice("truncation", f"generation ended: the context of {model.context} positions is full", where="context")
             self.finish_reason = "context"
             return False
-        keep = min(self.options.keep, model.context // 2)
+        keep = min(max(self.options.keep, 0 if model.start is None else 1), model.context // 2)
         newest = max((model.context - keep) // 2, 1)
         sequence = model._cached_ids
         kept = sequence[:keep] + sequence[-newest:]
@@ -207,10 +212,11 @@ def _check_prompt(model: LanguageModel, prompt: list[int], options: GenerationOp
             f"the prompt has {len(prompt)} tokens, the context {model.context} positions; shorten it, or load the "
             "model with a longer context")
     # The last new token is never fed back, so it needs no position.
-    room = model.context + 1 - len(prompt)
+    held = len(prompt) if model.start is None else 1
+    room = model.context + 1 - held
     if options.overflow == "error" and options.max_tokens is not None and options.max_tokens > room:
         raise ContextOverflowError(
-            f"{len(prompt)} tokens of prompt and {options.max_tokens} new ones do not fit the context of "
+            f"{held} tokens of prompt and {options.max_tokens} new ones do not fit the context of "
             f"{model.context} positions; ask for fewer, load the model with a longer context, or choose "
             "overflow='stop' or 'restart'")
 

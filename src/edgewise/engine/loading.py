@@ -22,7 +22,7 @@ from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel, native_errors
 from edgewise.engine.packing import Recipe, layout_of, pack_all, read_ahead, recipe_of, unique
-from edgewise.engine.plan import Activation, Experts, Layer, Linear, Plan, for_context, layer_with
+from edgewise.engine.plan import Activation, Experts, Layer, Linear, Plan, for_context, plan_with
 from edgewise.formats.cache import files_key
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.cores import usable_cores
@@ -46,7 +46,8 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     memory_bytes: cap on weights + KV cache + scratch; the context shrinks to fit when it is not given.
     A model that `edgewise fit` wrote brings its own kv, and its context and memory where neither is given.
     threads: physical cores that this process may use, by default. context: positions, at most the model's own.
-    kv: "fp16" (default), "int8", "int4" or "fp32"; an encoder keeps float32. slots: sequences held at a time.
+    kv: "fp16" (default), "int8", "int4" or "fp32"; an encoder keeps float32. An encoder-decoder has `context` positions
+    for the text and as many for the answer. slots: sequences held at a time.
     activations: "float32" runs quantised weights on float inputs, slower and without the rounding of "int8".
     cache: map weights packed by an earlier start. Raises SourceError, FormatError, UnsupportedError, BudgetError.
     """
@@ -93,8 +94,7 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
         def running(source: Linear) -> Linear:
             return replace(source, activation=chosen)
 
-        plan = replace(plan, layers=tuple(layer_with(layer, running) for layer in plan.layers),
-                       head=None if plan.head is None else running(plan.head))
+        plan = replace(plan_with(plan, running), head=None if plan.head is None else running(plan.head))
     encoder = plan.kind == "encoder"
     fitted = fitted_run(checkpoint)
     kv = kv or fitted.kv or ("fp32" if encoder else "fp16")
@@ -112,15 +112,20 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     read_ahead(recipes, key)
     # Before the weights are there: building a tokenizer takes several times what it keeps.
     tokenizer: Tokenizer | None = tokenizer_of(checkpoint) if "tokenizer" in checkpoint.metadata else None
-    template = None if tokenizer is None or encoder else chat_template_of(checkpoint, tokenizer)
+    template = None if tokenizer is None or plan.kind != "decoder" else chat_template_of(checkpoint, tokenizer)
     plan = for_context(plan, context)
     packed = pack_all(recipes, key=key, progress=progress)
     model = build_model(plan, packed, names)
     with native_errors():
-        session = _core.Session(model, kv, context, slots, threads, batch)
+        reader, source = None, 0
+        if plan.encoder is not None:  # a text is read whole; the two take turns, with the same threads
+            reader = _core.Session(build_model(plan.encoder, packed, names), "fp32", context, 1, threads, context)
+            source = context
+        session = _core.Session(model, kv, context, slots, threads, batch, source, reader)
     return LanguageModel(checkpoint=without_tensors(checkpoint), session=session, native=model, packed=packed,
                          tokenizer=tokenizer, template=template, kind=plan.kind, kv=kv, hidden=plan.hidden,
-                         vocab=plan.vocab, sites=tuple(sites_of(layer) for layer in plan.layers))
+                         vocab=plan.vocab, sites=tuple(sites_of(layer) for layer in plan.layers), encoder=reader,
+                         start=plan.start)
 
 
 def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:
@@ -173,7 +178,7 @@ def requantised(plan: Plan, fmt: QuantFormat) -> Plan:
                                  minima=zero if fmt.zero == "min" else None)
         return replace(source, weight=weight, activation="int8")
 
-    return replace(plan, layers=tuple(layer_with(layer, rounded) for layer in plan.layers))
+    return plan_with(plan, rounded)
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,10 @@ def divide_memory(plan: Plan, weight_bytes: int, kv: str, memory_bytes: int | No
     if plan.position_embedding is not None:
         limit = min(limit, len(plan.position_embedding) - plan.position_offset)
     wanted = min(context or limit, limit)
+    if plan.kind == "encoder-decoder" and context is not None and context > limit:
+        notice("info", f"the model was made for texts of {limit} tokens; distances beyond are as the furthest it knows",
+               where="context")
+        limit = wanted = context
     if context is not None and context > limit:
         notice("clamp", f"the model has {limit} positions; the context is {limit}, not {context}", where="context")
 

@@ -5,7 +5,7 @@ These mirror the allocations of native/engine/session.cc; a test holds them agai
 
 from __future__ import annotations
 
-from edgewise.engine.plan import Experts, Plan
+from edgewise.engine.plan import Attention, CrossAttention, Experts, Plan
 
 __all__ = ["kv_bytes", "scratch_bytes"]
 
@@ -39,15 +39,23 @@ def _value_bytes(kv: str, head_dim: int) -> int:
 
 
 def kv_bytes(plan: Plan, kv: str, context: int, slots: int = 1) -> int:
-    """Keys and values of every layer for `context` positions in each of `slots` sequences."""
+    """Keys and values of every layer for `context` positions in each of `slots` sequences.
+
+    Of an encoder-decoder, those of as many states of the encoder too, and the encoder's own, one text in float32.
+    """
+    total = 0 if plan.encoder is None else kv_bytes(plan.encoder, "fp32", context)
     context = _up(context, 16)
-    total = 0
-    for layer in plan.layers:
-        attention = layer.attention
+    for attention in _attentions(plan):
         keys = _up(context // 16 * _key_tile_bytes(kv, attention.head_dim), 64)
         values = _up(context * _value_bytes(kv, attention.head_dim), 64)
         total += slots * attention.kv_heads * (keys + values)
     return total
+
+
+def _attentions(plan: Plan) -> list[Attention | CrossAttention]:
+    """Of every layer, those across included."""
+    found: list[Attention | CrossAttention] = [layer.attention for layer in plan.layers]
+    return found + [layer.cross for layer in plan.layers if layer.cross is not None]
 
 
 def _inputs_bytes(tokens: int, cols: int, slots: int) -> tuple[int, int]:
@@ -58,11 +66,12 @@ def _inputs_bytes(tokens: int, cols: int, slots: int) -> tuple[int, int]:
 
 
 def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
-    """Buffers of a pass of `batch` tokens, of attention, logits and rotary tables."""
-    q_width = max(layer.attention.heads * layer.attention.head_dim for layer in plan.layers)
-    kv_width = max(layer.attention.kv_heads * layer.attention.head_dim for layer in plan.layers)
+    """Buffers of a pass of `batch` tokens, of attention, logits and rotary tables; an encoder's own are added."""
+    attentions = _attentions(plan)
+    q_width = max(attention.heads * attention.head_dim for attention in attentions)
+    kv_width = max(attention.kv_heads * attention.head_dim for attention in attentions)
     ffn_width = max(part.up.weight.shape[0] for layer in plan.layers for part in layer.feed_forwards)
-    cols = max(plan.hidden, q_width, ffn_width)
+    cols = max(plan.hidden, q_width, ffn_width, 0 if plan.encoder is None else plan.encoder.hidden)
     routed = [layer.feed_forward for layer in plan.layers if isinstance(layer.feed_forward, Experts)]
     per_token = max((part.top_k + (part.shared is not None) for part in routed), default=0)
     rows = sum(_up(width, 16) for width in (plan.hidden, q_width, kv_width, kv_width, q_width))
@@ -75,6 +84,8 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
     own = sum(_inputs_bytes(1, cols, 1)) + _up(cols, 16) * 4
     attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + 3 * _MAX_QUERIES * _MAX_HEAD_DIM) * 4
     total = batch * rows * 4 + partial * 4 + shared + threads * (own + attention)
+    if plan.encoder is not None:
+        total += scratch_bytes(plan.encoder, context, context, threads)
     if routed:
         scores = max(_up(len(part.experts), 16) + (16 if part.shared_gate is not None else 0) for part in routed)
         experts = max(len(part.experts) + (part.shared is not None) for part in routed)

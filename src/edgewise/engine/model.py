@@ -47,10 +47,11 @@ class Memory:
 
 @dataclass(eq=False, repr=False)
 class LanguageModel:
-    """A decoder or an encoder with its session. One sequence at a time per slot; not for use from two threads at once.
+    """A decoder, an encoder or both. One sequence at a time per slot; not for use from two threads at once.
 
     Made by `edgewise.load`. checkpoint: the description of the model, without its tensors.
     sites: per layer, the names of the linears that read each of the inputs the session can capture.
+    encoder, start: of an encoder-decoder, the session that reads texts, and the token that every answer starts from.
     """
 
     checkpoint: Checkpoint
@@ -64,7 +65,10 @@ class LanguageModel:
     hidden: int
     vocab: int
     sites: tuple[Mapping[str, tuple[str, ...]], ...]
+    encoder: Any = None
+    start: int | None = None
     _cached_ids: list[int] = field(default_factory=list)  # what slot 0 holds
+    _source_ids: list[int] | None = None  # the text that slot 0 attends to
     _current: object = None  # the Generation that slot 0 belongs to
 
     @property
@@ -78,7 +82,9 @@ class LanguageModel:
 
     @property
     def memory(self) -> Memory:
-        return Memory(self.packed.nbytes, int(self.session.kv_nbytes), int(self.session.scratch_nbytes))
+        sessions = [self.session] if self.encoder is None else [self.session, self.encoder]
+        return Memory(self.packed.nbytes, sum(int(one.kv_nbytes) for one in sessions),
+                      sum(int(one.scratch_nbytes) for one in sessions))
 
     @property
     def tier(self) -> str:
@@ -92,6 +98,9 @@ class LanguageModel:
     def prompt_ids(self, messages: str | Sequence[Mapping[str, Any]], *, raw: bool = False) -> list[int]:
         """Token ids of a conversation, or of one user message, through the chat template. raw: of the text itself."""
         tokenizer = self._tokenizer()
+        if self.kind == "encoder-decoder" and not isinstance(messages, str):
+            raise UnsupportedError(f"{self.checkpoint.source} is an encoder-decoder ({self.checkpoint.arch}): it reads "
+                                   "one text, without a system message or turns; give a string")
         if raw or self.template is None:
             if not isinstance(messages, str):
                 raise InvalidValueError("raw text is a string; given a conversation")
@@ -101,12 +110,12 @@ class LanguageModel:
 
     def generate(self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
                  options: GenerationOptions | None = None, *, raw: bool = False, **changes: Any) -> Generation:
-        """Continue a prompt: a user message, a conversation, or token ids.
+        """Continue a prompt: a user message, a conversation, or token ids; an encoder-decoder answers it.
 
         Iterating the Generation yields Tokens as they come. changes: fields of GenerationOptions.
         raw: the text is continued as it stands, without the chat template.
         """
-        self._need("decoder", "generate")
+        self._need(("decoder", "encoder-decoder"), "generate")
         ids = self._ids(prompt, raw)
         return generate(self, ids, (options or GenerationOptions()).with_changes(**changes))
 
@@ -125,30 +134,58 @@ class LanguageModel:
             return self.prompt_ids(items, raw=raw)
         return [int(i) for i in items]
 
-    def forward(self, ids: Sequence[int]) -> Float32:
-        """Logits of every position, (tokens, vocab), of a sequence alone; an encoder's states, (tokens, hidden)."""
+    def forward(self, ids: Sequence[int], decoder_ids: Sequence[int] | None = None) -> Float32:
+        """Logits of every position, (tokens, vocab), of a sequence alone; an encoder's states, (tokens, hidden).
+
+        Of an encoder-decoder: logits (decoder tokens, vocab) of decoder_ids, the first of which is `start`.
+        """
+        if self.kind == "encoder":
+            return self.states(ids)
+        if (decoder_ids is not None) != (self.encoder is not None):
+            raise InvalidValueError(
+                "an encoder-decoder takes ids of the text and decoder_ids, which begin with the model's start token; a "
+                f"decoder takes ids alone; {self.checkpoint.source} is of kind {self.kind}")
         self.reset()
-        parts = []
-        for rows in self.passes(ids):
-            part = self.session.logits(rows) if self.kind == "decoder" else self.session.normed(rows)
-            parts.append(np.asarray(part))
+        if decoder_ids is not None:
+            self.read_source(ids)
+        parts = [np.asarray(self.session.logits(rows))
+                 for rows in self.passes(ids if decoder_ids is None else decoder_ids)]
         self.reset()
         return np.concatenate(parts)
 
+    def read_source(self, ids: Sequence[int] | NDArray[np.int32]) -> int:
+        """Let slot 0 of an encoder-decoder attend to a text, from an empty answer on.
+
+        Returns how many of its tokens need no reading, as it is the text that was read last.
+        """
+        self._need(("encoder-decoder",), "read_source")
+        tokens = [int(i) for i in ids]
+        if tokens == self._source_ids:
+            return len(tokens)
+        self._source_ids = None
+        self._cached_ids.clear()
+        with native_errors():
+            self.session.set_source(0, self.states(tokens))
+        self._source_ids = tokens
+        return 0
+
     def passes(self, ids: Sequence[int] | NDArray[np.int32], *, slot: int = 0) -> Iterator[NDArray[np.int32]]:
         """Feed a sequence in passes; after each, the rows of that pass are yielded for reading off results."""
+        return self._passes(self.session, ids, slot)
+
+    def _passes(self, session: Any, ids: Sequence[int] | NDArray[np.int32], slot: int) -> Iterator[NDArray[np.int32]]:
         given = np.asarray(ids)
         if given.ndim != 1 or not len(given) or not np.issubdtype(given.dtype, np.integer):
             raise InvalidValueError(f"a sequence is at least one token id; given shape {given.shape} of {given.dtype}")
         tokens = np.ascontiguousarray(given, np.int32)
-        if self.session.length(slot) + len(tokens) > self.context:
+        if session.length(slot) + len(tokens) > self.context:
             raise ContextOverflowError(
-                f"{self.session.length(slot) + len(tokens)} tokens do not fit the context of {self.context} positions; "
+                f"{session.length(slot) + len(tokens)} tokens do not fit the context of {self.context} positions; "
                 "shorten the text or load the model with a longer context")
-        for start in range(0, len(tokens), self.session.batch):
-            part = tokens[start:start + self.session.batch]
+        for start in range(0, len(tokens), session.batch):
+            part = tokens[start:start + session.batch]
             with native_errors():
-                self.session.forward(part, np.full(len(part), slot, np.int32))
+                session.forward(part, np.full(len(part), slot, np.int32))
             yield np.arange(len(part), dtype=np.int32)
 
     def embed(self, texts: str | Sequence[str], *, pooling: str | None = None, normalise: bool = True) -> Float32:
@@ -166,21 +203,25 @@ class LanguageModel:
         return np.asarray(rows, np.float32).reshape(-1, self.hidden)
 
     def states(self, ids: Sequence[int]) -> Float32:
-        """Last hidden states after the final norm, (tokens, hidden)."""
-        self.reset()
-        parts = [np.asarray(self.session.normed(rows)) for rows in self.passes(ids)]
-        self.reset()
+        """Last hidden states after the final norm, (tokens, hidden); of an encoder-decoder, the encoder's."""
+        session = self.session if self.encoder is None else self.encoder
+        if self.encoder is None:
+            self.reset()
+        session.truncate(0, 0)
+        parts = [np.asarray(session.normed(rows)) for rows in self._passes(session, ids, 0)]
+        session.truncate(0, 0)
         return np.concatenate(parts)
 
     def perplexity(self, text: str | Sequence[int], *, windows: int | None = None, window: int = 512,
                    progress: Callable[[str, int, int], None] | None = None) -> float:
         """Perplexity of a text: see `edgewise.engine.score.perplexity`."""
-        self._need("decoder", "perplexity")
+        self._need(("decoder",), "perplexity")
         return score.perplexity(self, text, windows=windows, window=window, progress=progress)
 
     def calibrate(self, texts: Iterable[str | Sequence[int]], *, gram: bool = False,
                   progress: Callable[[str, int, int], None] | None = None) -> Stats:
         """Statistics of every linear's inputs over texts: see `edgewise.engine.calibrate.calibrate`."""
+        self._need(("decoder", "encoder"), "calibrate")
         with native_errors():
             return calibration.calibrate(self, texts, gram=gram, progress=progress)
 
@@ -196,10 +237,15 @@ class LanguageModel:
             raise UnsupportedError(f"{self.checkpoint.source}: this model carries no tokenizer; pass token ids")
         return self.tokenizer
 
-    def _need(self, kind: str, what: str) -> None:
-        if self.kind != kind:
-            raise UnsupportedError(f"{what} needs a {kind}; {self.checkpoint.source} is an {self.kind} "
-                                   f"({self.checkpoint.arch}); use embed()")
+    def _need(self, kinds: tuple[str, ...], what: str) -> None:
+        if self.kind not in kinds:
+            instead = {"encoder": "use embed()", "decoder": "use generate() or forward()",
+                       "encoder-decoder": "use generate(), or forward(ids, decoder_ids) for logits"}[self.kind]
+            def named(kind: str) -> str:
+                return f"{'a' if kind == 'decoder' else 'an'} {kind}"
+
+            raise UnsupportedError(f"{what} needs {named(kinds[0])}; {self.checkpoint.source} is {named(self.kind)} "
+                                   f"({self.checkpoint.arch}); {instead}")
 
     def __repr__(self) -> str:
         return (f"LanguageModel({self.checkpoint.arch}, {self.packed.nbytes / 1e6:.1f} MB, context {self.context}, "

@@ -6,6 +6,7 @@ Every layer carries its own shapes; every linear its own storage and activation 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 
 from edgewise.core.storage import Stored
 
-__all__ = ["Activation", "Attention", "AttentionPolicy", "Experts", "FeedForward", "Layer", "Linear", "Norm", "Plan",
-           "Rope", "for_context", "layer_with"]
+__all__ = ["Activation", "Attention", "AttentionPolicy", "CrossAttention", "Experts", "FeedForward", "Layer", "Linear",
+           "Norm", "Plan", "RelativeBias", "Rope", "for_context", "layer_with", "plan_with"]
 
 Float32 = NDArray[np.float32]
 Activation = Literal["int8", "float32"]
@@ -76,11 +77,46 @@ class AttentionPolicy:
 
 
 @dataclass(frozen=True, eq=False)
+class RelativeBias:
+    """Added to the score of a key by its distance from the query: one value per head and bucket of distances (T5).
+
+    table: (buckets, heads) float32. bidirectional: half of the buckets are for keys after the query; else these are as
+    near as the query itself. Of a direction's buckets the first half holds one distance each, the rest wider and wider
+    ranges up to `most`, from which on all distances are one.
+    Raffel et al., "Exploring the Limits of Transfer Learning ...", arXiv:1910.10683, section 2.1.
+    """
+
+    table: Float32
+    most: int
+    bidirectional: bool
+
+    def buckets(self, distances: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The bucket of each distance, key minus query; any shape. In float32, as transformers does."""
+        count, first = len(self.table), np.zeros_like(distances)
+        if self.bidirectional:
+            count //= 2
+            first = np.where(distances > 0, count, 0)
+            size = np.abs(distances)
+        else:
+            size = -np.minimum(distances, 0)
+        exact = count // 2
+        wide = np.log(np.maximum(size, exact).astype(np.float32) / np.float32(exact))
+        wide = wide / np.float32(math.log(self.most / exact)) * np.float32(count - exact)
+        wider = np.minimum(exact + wide.astype(np.int64), count - 1)
+        return np.asarray(first + np.where(size < exact, size, wider), np.int64)
+
+    def by_distance(self, reach: int) -> Float32:
+        """(heads, 2 reach + 1): the bias of distances -reach .. reach."""
+        return np.ascontiguousarray(self.table[self.buckets(np.arange(-reach, reach + 1))].T, np.float32)
+
+
+@dataclass(frozen=True, eq=False)
 class Attention:
     """Grouped-query attention.
 
     q: (heads * head_dim, hidden); k, v: (kv_heads * head_dim, hidden); o: (hidden, heads * head_dim).
     q_norm, k_norm: (head_dim,), of each head by itself, before the rotary embedding.
+    bias: added to the scaled scores; layers that share one have the same object.
     """
 
     q: Linear
@@ -95,6 +131,25 @@ class Attention:
     policy: AttentionPolicy = AttentionPolicy()
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    bias: RelativeBias | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CrossAttention:
+    """h += o attend(q norm(h), k states, v states): every token sees all states of the encoder, wherever they stand.
+
+    q: (heads * head_dim, hidden); k, v: (kv_heads * head_dim, hidden of the encoder); o: (hidden, heads * head_dim).
+    """
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    norm: Norm
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +184,7 @@ class Layer:
     """pre: h += attn(norm(h)); h += ffn(norm(h)).  post: h = norm(h + attn(h)); h = norm(h + ffn(h)).
 
     after_attention, after_feed_forward: norms of what a part gives, before it is added (Gemma): h += norm(attn(...)).
+    cross: between the two parts, in the decoder of an encoder-decoder.
     """
 
     attention: Attention
@@ -138,6 +194,7 @@ class Layer:
     order: Literal["pre", "post"] = "pre"
     after_attention: Norm | None = None
     after_feed_forward: Norm | None = None
+    cross: CrossAttention | None = None
 
     @property
     def feed_forwards(self) -> tuple[FeedForward, ...]:
@@ -155,10 +212,12 @@ class Plan:
     embedding: (vocab, hidden). position_embedding: (positions, hidden) and token_type_embedding: (types, hidden) of
     encoders, with `position_offset` added to every position (RoBERTa: padding index + 1). embedding_norm follows.
     head is None for an encoder; a tied head holds the same Stored as `embedding`.
+    An encoder-decoder is the plan of its decoder, with the encoder in it, which reads the text; `start` is the token
+    that the decoder begins with. `context` counts for each of the two by itself.
     """
 
     arch: str
-    kind: Literal["decoder", "encoder"]
+    kind: Literal["decoder", "encoder", "encoder-decoder"]
     hidden: int
     vocab: int
     context: int
@@ -172,6 +231,8 @@ class Plan:
     embedding_norm: Norm | None = None
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
+    encoder: Plan | None = None
+    start: int | None = None
 
 
 def layer_with(layer: Layer, change: Callable[[Linear], Linear]) -> Layer:
@@ -188,11 +249,20 @@ def layer_with(layer: Layer, change: Callable[[Linear], Linear]) -> Layer:
             shared_gate=None if ffn.shared_gate is None else change(ffn.shared_gate))
     else:
         changed = gated(ffn)
+    cross = layer.cross
+    if cross is not None:
+        cross = replace(cross, q=change(cross.q), k=change(cross.k), v=change(cross.v), o=change(cross.o))
     return replace(
-        layer,
+        layer, cross=cross,
         attention=replace(attention, q=change(attention.q), k=change(attention.k), v=change(attention.v),
                           o=change(attention.o)),
         feed_forward=changed)
+
+
+def plan_with(plan: Plan, change: Callable[[Linear], Linear]) -> Plan:
+    """The plan with every linear of its layers changed, those of an encoder inside included."""
+    return replace(plan, layers=tuple(layer_with(layer, change) for layer in plan.layers),
+                   encoder=None if plan.encoder is None else plan_with(plan.encoder, change))
 
 
 def for_context(plan: Plan, context: int) -> Plan:
@@ -211,4 +281,4 @@ def for_context(plan: Plan, context: int) -> Plan:
 
     layers = tuple(replace(layer, attention=replace(layer.attention, rope=rope_of(layer.attention.rope)))
                    for layer in plan.layers)
-    return replace(plan, layers=layers)
+    return replace(plan, layers=layers, encoder=None if plan.encoder is None else for_context(plan.encoder, context))

@@ -29,6 +29,9 @@ def workload_of(plan: Plan, matrices: Mapping[str, Any], *, tokens: int = 1, dep
     if tokens < 1 or depth < 0 or batch < 1:
         raise InvalidValueError(f"a workload has at least one token, no negative depth, and a batch; given {tokens}, "
                                 f"{depth}, {batch}")
+    if plan.encoder is not None:
+        raise InvalidValueError("the work of an encoder-decoder depends on two lengths; ask for that of its encoder, "
+                                "plan.encoder")
     passes = -(-tokens // batch)
 
     def linear(source: Linear, rows_in: float, *, name: str = "", reads: float = 1, kind: bool | None = int8) -> Op:

@@ -146,7 +146,7 @@ class Bench:
         if self.plan.kind != "decoder" or self.plan.head is None:
             raise UnsupportedError(
                 f"{checkpoint.source}: fit compares predictions of the next token, and {checkpoint.arch} is an "
-                "encoder; load it with a format instead, such as load(source, format='int8/g32')")
+                f"{self.plan.kind}; load it with a format instead, such as load(source, format='int8/g32')")
         self.threads, self.kv = threads, kv
         weights = unique((linear.name, linear.weight) for linear in linears_of(self.plan))
         self._names = {id(stored): name for name, stored in weights.items()}
