@@ -131,15 +131,6 @@ nb::object new_array(std::vector<size_t> shape, float** data) {
 void bind_engine(nb::module_& m) {
   nb::exception<ContextOverflow>(m, "ContextOverflow");
 
-  nb::class_<Governor>(m, "Governor", "How many threads a pool uses while others want the processor; see pool.h")
-      .def(nb::init<size_t>(), "threads"_a)
-      .def("observe", [](Governor& g, double seconds, long switches) {
-             g.observe(std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9)), switches);
-           }, "seconds"_a, "switches"_a)
-      .def("pass_time", [](Governor& g, double seconds) { g.pass(std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9))); },
-           "seconds"_a)
-      .def_prop_ro("limit", &Governor::limit);
-
   nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, const PackedMatrix& weight, std::optional<Floats> bias, bool int8) {
     new (self) Linear(make_linear(weight, bias, int8));
   }, "weight"_a, "bias"_a = nb::none(), "int8"_a = true);

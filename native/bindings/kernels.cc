@@ -96,7 +96,7 @@ void matmul(const PackedMatrix& w, Matrix<float> x, Output<float> y, const std::
   std::vector<float> out(a.slots * stride);
   for (size_t tile = 0; tile < a.tiles(); ++tile) {
     const size_t count = std::min(a.slots, tokens - tile * a.slots);
-    kernel(w, 0, w.panels(), a, tile, 0, count, {out.data(), stride});
+    kernel(w, 0, w.panels(), a, tile, 0, count, {out.data(), stride}, {});
     for (size_t t = 0; t < count; ++t)
       std::memcpy(y.data() + (tile * a.slots + t) * w.rows, out.data() + t * stride, w.rows * sizeof(float));
   }

@@ -3,6 +3,7 @@
 
 NB_MODULE(_core, m) {
   m.doc() = "Native core of edgewise";
+  edgewise::bind_pool(m);
   edgewise::bind_probe(m);
   edgewise::bind_io(m);
   edgewise::bind_kernels(m);

@@ -1,5 +1,6 @@
 // Attention over the keys and values of a slot. Every function here runs on all threads at once.
 #include "engine/attend.h"
+#include "engine/phases.h"
 
 namespace edgewise {
 
@@ -49,36 +50,49 @@ bool Session::splits_chunks(const Layer& layer) const {
   return count_ == 1 && layer.heads / layer.kv_heads <= kMaxQueries;
 }
 
+// The first chunk that the token of this pass sees, and the one after the last.
+std::pair<size_t, size_t> Session::visible_chunks(const Layer& layer) const {
+  int32_t begin, end;
+  visible_range(layer, 0, begin, end);
+  return {static_cast<size_t>(begin) / kChunk, (static_cast<size_t>(end) + kChunk - 1) / kChunk};
+}
+
 // One token: its visible chunks are split over the threads as well as its heads; merge_one puts them together.
 void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
   const KvLayout& layout = kv_layout_[index];
   const size_t group = layer.heads / layer.kv_heads, padded = layout.padded(), slot = static_cast<size_t>(slots_[0]);
   int32_t begin, end;
   visible_range(layer, 0, begin, end);
-  const size_t first = static_cast<size_t>(begin) / kChunk, last = (static_cast<size_t>(end) + kChunk - 1) / kChunk;
-  const size_t chunks = last - first;
-  const size_t own_chunk = static_cast<size_t>(positions_[0]) / kChunk;
+  const auto [first, last] = visible_chunks(layer);
+  const size_t chunks = last - first, own_chunk = static_cast<size_t>(positions_[0]) / kChunk;
   int32_t begins[kMaxQueries], stops[kMaxQueries], positions[kMaxQueries];
   const float* biases[kMaxQueries];
   std::fill_n(begins, kMaxQueries, begin);
   std::fill_n(stops, kMaxQueries, end);
   std::fill_n(positions, kMaxQueries, positions_[0]);
   float* local = thread_attention_[thread].floats() + kAttentionScratch;
+  ReadAhead& reads = reads_[thread].ahead;
+  reads.seek(phase_of(index, kAttend));
+  pool_.share(thread, layer.kv_heads * chunks);
 
-  for (size_t item; (item = pool_.take(1)) < layer.kv_heads * chunks;) {
-    const size_t chunk = first + item % chunks, kv_head = item / chunks, head = kv_head * group;
+  for (Pool::Share share; pool_.take_share(thread, 1, share);) {
+    const size_t chunk = first + share.from % chunks, kv_head = share.from / chunks, head = kv_head * group;
+    uint8_t *head_keys = keys(index, slot, kv_head), *head_values = values(index, slot, kv_head);
     if (chunk == own_chunk) {  // the only item that reads the new position
       float key[kMaxHeadDim];
       std::memcpy(key, k_.floats() + kv_head * layer.head_dim, layer.head_dim * sizeof(float));
       turn(layer, layer.k_norm, key, 1, 0);
-      kernels_.attention.store_key(layout, key, static_cast<size_t>(positions_[0]), keys(index, slot, kv_head));
-      kernels_.attention.store_value(layout, v_.floats() + kv_head * layer.head_dim, static_cast<size_t>(positions_[0]),
-                                     values(index, slot, kv_head));
+      kernels_.attention.store_key(layout, key, static_cast<size_t>(positions_[0]), head_keys);
+      kernels_.attention.store_value(layout, v_.floats() + kv_head * layer.head_dim, static_cast<size_t>(positions_[0]), head_values);
     }
     std::memcpy(local, q_.floats() + head * layer.head_dim, group * layer.head_dim * sizeof(float));
     turn(layer, layer.q_norm, local, group, 0);
-    AttentionTask task{&layout, keys(index, slot, kv_head), values(index, slot, kv_head), local, layer.head_dim, group,
-                       begins, stops, layer.scale};
+    AttentionTask task{&layout, head_keys, head_values, local, layer.head_dim, group, begins, stops, layer.scale};
+    if (share.own) {
+      const auto [key_nbytes, value_nbytes] = chunk_nbytes(index, chunk);
+      task.key_ahead = reads.over(head_keys + chunk * kChunk / kLanes * layout.key_tile_nbytes(), key_nbytes);
+      task.value_ahead = reads.over(head_values + chunk * kChunk * layout.value_nbytes(), value_nbytes);
+    }
     if (layer.bias) {
       biases_of(layer.bias.get(), head, group, biases);
       task.bias = biases;
@@ -89,15 +103,13 @@ void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
     kernels_.attention.chunk(task, chunk, out + head * padded, out + layer.heads * padded + head,
                              out + layer.heads * (padded + 1) + head, thread_attention_[thread].floats());
   }
-  pool_.barrier();
+  wait(thread);
 }
 
 // out: (heads * head_dim). Chunks are merged in order, as attend_many does.
 void Session::merge_one(const Layer& layer, size_t index, float* out) const {
   const size_t padded = kv_layout_[index].padded();
-  int32_t begin, end;
-  visible_range(layer, 0, begin, end);
-  const size_t first = static_cast<size_t>(begin) / kChunk, last = (static_cast<size_t>(end) + kChunk - 1) / kChunk;
+  const auto [first, last] = visible_chunks(layer);
   float sum[kMaxHeadDim];
   for (size_t head = 0; head < layer.heads; ++head) {
     float peak = 0, weight = 0;

@@ -67,7 +67,7 @@ void Session::store_source(const Cross& cross, size_t index, size_t slot, const 
   const Inputs inputs = prepare(thread, width, n, int8, floats, Site::Source,
                                 [&](size_t i, float*) { return states + (first + i) * width; });
   const Work works[] = {{&cross.k, k.cross_k, k_.floats(), kv_stride_, false}, {&cross.v, k.cross_v, v_.floats(), kv_stride_, false}};
-  multiply(works, 2, inputs, n);
+  multiply(thread, kUnplanned, works, 2, inputs, n);
   const CrossKv& kv = cross_[index];
   for (size_t head; (head = pool_.take(1)) < cross.kv_heads;) {
     uint8_t* keys = cross_keys(index, slot, head);
@@ -88,7 +88,7 @@ void Session::attend_across(const Cross& cross, size_t index, size_t thread) {
                                     return buffer;
                                   });
     const Work work = {&cross.q, k.cross_q, q_.floats(), q_stride_, false};
-    multiply(&work, 1, inputs, count_);
+    multiply(thread, kUnplanned, &work, 1, inputs, count_);
   }
   const CrossKv& kv = cross_[index];
   attend_rows(
@@ -106,7 +106,7 @@ void Session::attend_across(const Cross& cross, size_t index, size_t thread) {
   const Inputs inputs = prepare(thread, cross.o.cols(), count_, cross.o.int8_inputs(), !cross.o.int8_inputs(), Site::CrossOutput,
                                 [&](size_t token, float*) { return attention_.floats() + token * q_stride_; });
   const Work work = {&cross.o, k.cross_o, x_.floats(), hidden_stride_, true};
-  multiply(&work, 1, inputs, count_);
+  multiply(thread, kUnplanned, &work, 1, inputs, count_);
 }
 
 }  // namespace edgewise

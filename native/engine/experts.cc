@@ -114,10 +114,10 @@ void Session::expert_panel(const FeedForward& expert, const ExpertKernels& k, co
   float gate[kLanes * kLanes], up[kLanes * kLanes];
   const size_t row = panel * kLanes, rows = std::min(kLanes, expert.up.rows() - row);
   k.up(expert.up.weight, panel, 1, expert.up.int8_inputs() ? inputs.int8 : inputs.floats, tile, 0, count,
-       {up, kLanes, expert.up.bias_of(panel)});
+       {up, kLanes, expert.up.bias_of(panel)}, {});
   if (expert.gate.present())
     k.gate(expert.gate.weight, panel, 1, expert.gate.int8_inputs() ? inputs.int8 : inputs.floats, tile, 0, count,
-           {gate, kLanes, expert.gate.bias_of(panel)});
+           {gate, kLanes, expert.gate.bias_of(panel)}, {});
   kernels_.rows.gate(expert.function, expert.gate.present() ? gate : nullptr, up, count * kLanes);
   for (size_t t = 0; t < count; ++t) std::memcpy(y + t * ffn_stride_ + row, up + t * kLanes, rows * sizeof(float));
 }
@@ -166,7 +166,7 @@ void Session::feed_one(const Experts& experts, const LayerKernels& k, const Inpu
         const size_t e = static_cast<size_t>(chosen[c]), row = panel * kLanes, rows = std::min(kLanes, hidden - row);
         const Linear& down = experts.experts[e].down;
         k.experts[e].down(down.weight, panel, 1, down.int8_inputs() ? middle[c].int8 : middle[c].floats, 0, 0, 1,
-                          {out, kLanes, down.bias_of(panel)});
+                          {out, kLanes, down.bias_of(panel)}, {});
         add_scaled(out, weights[c], rows, x_.floats() + row);
       }
   pool_.barrier();
@@ -221,7 +221,7 @@ void Session::feed_groups(const Experts& experts, const LayerKernels& k) {
       for (size_t tile = 0; tile * kLanes < g.count; ++tile)
         for (size_t panel = from; panel < std::min(panels, from + down_step); ++panel) {
           const size_t count = std::min(kLanes, g.count - tile * kLanes), row = panel * kLanes, rows = std::min(kLanes, hidden - row);
-          k.experts[g.expert].down(down.weight, panel, 1, x, tile, 0, count, {out, kLanes, down.bias_of(panel)});
+          k.experts[g.expert].down(down.weight, panel, 1, x, tile, 0, count, {out, kLanes, down.bias_of(panel)}, {});
           for (size_t t = 0; t < count; ++t) {
             const size_t entry = g.first + tile * kLanes + t;
             add_scaled(out + t * kLanes, order_weights_[entry], rows,
@@ -248,7 +248,7 @@ void Session::feed_experts(const Layer& layer, const LayerKernels& k, size_t thr
   const size_t shared_score = (experts.routed + kLanes - 1) / kLanes * kLanes;
   const Work works[] = {{&experts.router, k.router, router_.floats(), router_stride_, false},
                         {&experts.shared_gate, k.shared_gate, router_.floats() + shared_score, router_stride_, false}};
-  multiply(works, experts.shared_gate.present() ? 2 : 1, inputs, count_);
+  multiply(thread, kUnplanned, works, experts.shared_gate.present() ? 2 : 1, inputs, count_);
   if (own) return feed_one(experts, k, inputs, thread);
 
   const size_t per_token = experts.per_token();

@@ -25,7 +25,11 @@ void Session::embed(size_t thread) {
   pool_.barrier();
 }
 
-void Session::multiply(const Work* works, size_t n, const Inputs& inputs, size_t tokens) {
+void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens) {
+  if (tokens == 1 && count_ == 1 && phase != kUnplanned) {
+    multiply_one(thread, phase, works, n, inputs);
+    return wait(thread);
+  }
   size_t total = 0;
   for (size_t i = 0; i < n; ++i) total += works[i].linear->weight.panels();
   const size_t step = panels_at_once(total, config_.threads, tokens);
@@ -41,14 +45,18 @@ void Session::multiply(const Work* works, size_t n, const Inputs& inputs, size_t
       for (size_t tile = 0; tile < x.tiles(); ++tile) {
         const size_t panel = first - base, count = std::min(x.slots, tokens - tile * x.slots);
         work.kernel(weight, panel, last - first, x, tile, 0, count,
-                    {work.y + tile * x.slots * work.stride + panel * kLanes, work.stride, work.linear->bias_of(panel), work.add});
+                    {work.y + tile * x.slots * work.stride + panel * kLanes, work.stride, work.linear->bias_of(panel), work.add}, {});
       }
     }
   }
   pool_.barrier();
 }
 
-void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs) {
+void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase) {
+  if (count_ == 1) {
+    gate_and_up_one(layer, k, inputs, thread, phase);
+    return wait(thread);
+  }
   const size_t panels = layer.up.weight.panels(), tokens = count_;
   const size_t step = panels_at_once(2 * panels, config_.threads, tokens);
   const Activations& x_up = layer.up.int8_inputs() ? inputs.int8 : inputs.floats;
@@ -59,9 +67,9 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
     for (size_t tile = 0; tile < x_up.tiles(); ++tile) {
       const size_t count = std::min(x_up.slots, tokens - tile * x_up.slots);
       float* up = ffn_.floats() + tile * x_up.slots * ffn_stride_ + from * kLanes;
-      k.up(layer.up.weight, from, count_panels, x_up, tile, 0, count, {up, ffn_stride_, layer.up.bias_of(from)});
+      k.up(layer.up.weight, from, count_panels, x_up, tile, 0, count, {up, ffn_stride_, layer.up.bias_of(from)}, {});
       if (layer.gate.present())
-        k.gate(layer.gate.weight, from, count_panels, x_gate, tile, 0, count, {gate, width, layer.gate.bias_of(from)});
+        k.gate(layer.gate.weight, from, count_panels, x_gate, tile, 0, count, {gate, width, layer.gate.bias_of(from)}, {});
       for (size_t t = 0; t < count; ++t)
         kernels_.rows.gate(layer.function, layer.gate.present() ? gate + t * width : nullptr, up + t * ffn_stride_, width);
     }
@@ -113,7 +121,7 @@ void Session::run_layer(size_t index, size_t thread) {
     const Work works[] = {{&layer.q, k.q, q_.floats(), q_stride_, false},
                           {&layer.k, k.k, k_.floats(), kv_stride_, false},
                           {&layer.v, k.v, v_.floats(), kv_stride_, false}};
-    multiply(works, 3, inputs, count_);
+    multiply(thread, phase_of(index, kQueriesKeysValues), works, 3, inputs, count_);
   }
   if (splits_chunks(layer))
     attend_one(layer, index, thread);
@@ -128,7 +136,7 @@ void Session::run_layer(size_t index, size_t thread) {
                                   });
     const bool normed_after = layer.after_attention.kind != Norm::Kind::None;
     const Work work = {&layer.o, k.o, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
-    multiply(&work, 1, inputs, count_);
+    multiply(thread, phase_of(index, kOut), &work, 1, inputs, count_);
     if (normed_after) add_normed(layer.after_attention);
   }
   if (layer.post_norm) norm_rows(layer.attention_norm, thread);
@@ -137,14 +145,14 @@ void Session::run_layer(size_t index, size_t thread) {
   {
     const Inputs inputs = prepare(thread, hidden, count_, any_int8({&layer.gate, &layer.up}), any_float({&layer.gate, &layer.up}),
                                   Site::FeedForward, normed(layer.feed_forward_norm));
-    gate_and_up(layer, k, inputs);
+    gate_and_up(layer, k, inputs, thread, phase_of(index, kGateAndUp));
   }
   {
     const Inputs inputs = prepare(thread, layer.down.cols(), count_, layer.down.int8_inputs(), !layer.down.int8_inputs(),
                                   Site::Down, [&](size_t token, float*) { return ffn_.floats() + token * ffn_stride_; });
     const bool normed_after = layer.after_feed_forward.kind != Norm::Kind::None;
     const Work work = {&layer.down, k.down, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
-    multiply(&work, 1, inputs, count_);
+    multiply(thread, phase_of(index, kDown), &work, 1, inputs, count_);
     if (normed_after) add_normed(layer.after_feed_forward);
   }
   if (layer.post_norm) norm_rows(layer.feed_forward_norm, thread);
@@ -152,13 +160,14 @@ void Session::run_layer(size_t index, size_t thread) {
 
 void Session::head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread) {
   const Linear& linear = model_->head;
+  if (reads_[thread].threads != pool_.in_use()) plan_reads(thread);
   const Inputs inputs =
       prepare(thread, linear.cols(), n, linear.int8_inputs(), !linear.int8_inputs(), Site::Attention, [&](size_t i, float* buffer) {
         apply_norm(kernels_, model_->final_norm, x_.floats() + static_cast<size_t>(rows[i]) * hidden_stride_, model_->hidden, buffer);
         return static_cast<const float*>(buffer);
       });
   const Work work = {&linear, head_kernel_, out, stride, false};
-  multiply(&work, 1, inputs, n);
+  multiply(thread, phase_of(model_->layers.size(), kHead), &work, 1, inputs, n);
   if (model_->logit_scale == 1.0f) return;
   for (size_t i; (i = pool_.take(1)) < n;)
     for (size_t v = 0; v < model_->vocab; ++v) out[i * stride + v] *= model_->logit_scale;

@@ -2,6 +2,8 @@
 
 #include <sys/resource.h>
 
+#include <algorithm>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -10,18 +12,8 @@ namespace edgewise {
 
 namespace {
 
-// A matrix of a small model takes tens of microseconds: waiting threads spin for that long before they give way.
-constexpr int kSpinsBeforeYield = 20'000;
 constexpr int kSpinsBeforeSleep = 200'000;
 constexpr uint64_t kStop = 0;  // threads in use, in the last epoch of all
-
-inline void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
 
 // How often this thread has lost its core to another so far.
 long switches_of_this_thread() {
@@ -33,6 +25,14 @@ long switches_of_this_thread() {
 }
 
 }  // namespace
+
+void Pool::pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
 
 void Governor::pass(std::chrono::nanoseconds time) {
   if (limit_ == threads_) return;
@@ -61,7 +61,7 @@ void Governor::observe(std::chrono::nanoseconds elapsed, long switches) {
   switches_ = 0;
 }
 
-Pool::Pool(size_t threads) : threads_(threads), governor_(threads) {
+Pool::Pool(size_t threads) : threads_(threads), governor_(threads), stretches_(threads) {
   for (size_t i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
@@ -113,24 +113,25 @@ void Pool::run(const std::function<void(size_t)>& body) {
   governor_.observe(ended_ - started, switches);
 }
 
-void Pool::barrier() {
-  if (in_use_ == 1) {
-    next_.store(0, std::memory_order_relaxed);
-    return;
+void Pool::share(size_t thread, size_t items) {
+  const auto [from, to] = stretch(items, thread, in_use_);
+  stretches_[thread].span.store(static_cast<uint64_t>(from) << 32 | to, std::memory_order_release);
+}
+
+bool Pool::take_share(size_t thread, size_t count, Share& share) {
+  for (size_t i = 0; i < in_use_; ++i) {
+    const size_t victim = (thread + i) % in_use_;
+    std::atomic<uint64_t>& span = stretches_[victim].span;
+    for (uint64_t now = span.load(std::memory_order_acquire);;) {
+      const size_t from = now >> 32, to = now & 0xFFFFFFFF;
+      if (from >= to) break;
+      const size_t n = std::min(count, to - from);
+      share = i == 0 ? Share{from, from + n, true} : Share{to - n, to, false};
+      const size_t left_from = i == 0 ? from + n : from, left_to = i == 0 ? to : to - n;
+      if (span.compare_exchange_weak(now, static_cast<uint64_t>(left_from) << 32 | left_to, std::memory_order_acq_rel)) return true;
+    }
   }
-  const uint32_t generation = generation_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == in_use_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    next_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
-  }
-  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins < kSpinsBeforeYield)
-      pause();
-    else
-      std::this_thread::yield();
-  }
+  return false;
 }
 
 }  // namespace edgewise

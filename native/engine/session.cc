@@ -131,6 +131,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     logits_rows_ = std::clamp<size_t>(kLogitsNbytes / (logits_stride_ * 4), 1, kLanes);
     logits_ = Pages(logits_rows_ * logits_stride_ * 4);
   }
+  reads_.resize(config_.threads);
   lengths_.assign(config_.slots, 0);
   source_lengths_.assign(config_.slots, 0);
   cosine_.resize(m.ropes.size());
@@ -225,6 +226,7 @@ void Session::run_layers(size_t first, size_t last) {
     throw std::invalid_argument("layers " + std::to_string(first) + " to " + std::to_string(last) + " of " +
                                 std::to_string(model_->layers.size()));
   pool_.run([=, this](size_t thread) {
+    plan_reads(thread);
     for (size_t layer = first; layer < last; ++layer) run_layer(layer, thread);
   });
 }
@@ -242,7 +244,9 @@ void Session::each_logits(const int32_t* rows, size_t n, Consume consume) {
       throw std::invalid_argument("row " + std::to_string(rows[i]) + " of a pass of " + std::to_string(count_) + " tokens");
   for (size_t done = 0; done < n; done += logits_rows_) {
     const size_t part = std::min(logits_rows_, n - done);
-    pool_.run([&](size_t thread) { head(rows + done, part, logits_.floats(), logits_stride_, thread); });
+    pool_.run([&](size_t thread) {
+      head(rows + done, part, logits_.floats(), logits_stride_, thread);
+    });
     for (size_t i = 0; i < part; ++i) consume(done + i, logits_.floats() + i * logits_stride_);
   }
 }

@@ -511,8 +511,8 @@ void check_matmul(Case& test, const Kernels& found, const Kernels& reference, co
           Buffer y(4 * stride * count), z(y.size);
           for (size_t i = 0; i < stride * count; ++i) y.floats()[i] = z.floats()[i] = static_cast<float>(i % 7) - 3.0f;
           const float* offset = with_bias ? bias.data() : nullptr;
-          kernel(w, first, panels, x, tile, slot, count, {y.floats(), stride, offset, add});
-          plain(w, first, panels, x, tile, slot, count, {z.floats(), stride, offset, add});
+          kernel(w, first, panels, x, tile, slot, count, {y.floats(), stride, offset, add}, {});
+          plain(w, first, panels, x, tile, slot, count, {z.floats(), stride, offset, add}, {});
           test.floats(y.floats(), z.floats(), stride * count, "outputs");
           test.same(y.data + y.size, z.data + z.size, 64, "behind the outputs");
         }

@@ -5,6 +5,15 @@
 
 namespace edgewise {
 
+// What a kernel fetches into the cache while it reads: for bytes at p, those at p + before as long as p < turn, those at
+// p + after from there on. The distance covers the latency of memory at full bandwidth.
+struct Ahead {
+  static constexpr ptrdiff_t kDistance = 6144;
+  const uint8_t* turn = nullptr;
+  ptrdiff_t before = 0, after = kDistance;
+  EDGEWISE_INLINE const uint8_t* of(const uint8_t* p) const { return p + (p < turn ? before : after); }
+};
+
 // Where products go: row r of panel p of a call for its token t is y[t * stride + 16 p + r].
 struct Products {
   float* y;
@@ -16,7 +25,7 @@ struct Products {
 // Rows of panels panel..panel+panels-1 times tokens slot..slot+count-1 of a tile. Whole panels are written: the padding
 // rows of the last one give zeros.
 using MatmulKernel = void (*)(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile,
-                              size_t slot, size_t count, const Products& out);
+                              size_t slot, size_t count, const Products& out, const Ahead& ahead);
 
 enum class Gate { Silu, Gelu, GeluTanh, Relu };
 
@@ -51,6 +60,7 @@ struct AttentionTask {
   const float* const* bias = nullptr;
   const int32_t* position = nullptr;  // of each query
   int32_t reach = 0;
+  Ahead key_ahead = {}, value_ahead = {};
 };
 
 struct RowKernels {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace edgewise {
@@ -44,18 +45,42 @@ class Pool {
   // Runs body(thread) on the threads in use, the caller being thread 0, and returns when all are done. Not re-entrant.
   void run(const std::function<void(size_t)>& body);
 
-  // Inside body: waits for all threads in use, and starts the item counter of the next phase at zero.
-  void barrier();
+  size_t in_use() const { return in_use_; }
+
+  // Inside body: waits for all threads in use, and starts the item counter of the next phase at zero. idle() is called
+  // over and over meanwhile.
+  template <class Idle>
+  void barrier(Idle idle);
+  void barrier() { barrier([] {}); }
   // Inside body: takes the next `count` items of this phase; the caller compares with the number of items.
   size_t take(size_t count) { return next_.fetch_add(count, std::memory_order_relaxed); }
 
+  // Inside body, for phases whose threads know beforehand what they will read: items are split into one stretch per
+  // thread. A thread takes from the front of its own; once that is empty, from the back of the others'.
+  struct Share {
+    size_t from, to;
+    bool own;
+  };
+  static std::pair<size_t, size_t> stretch(size_t items, size_t thread, size_t threads) {
+    return {items * thread / threads, items * (thread + 1) / threads};
+  }
+  void share(size_t thread, size_t items);
+  // False when nothing is left.
+  bool take_share(size_t thread, size_t count, Share& share);
+
  private:
+  struct alignas(64) Stretch {
+    std::atomic<uint64_t> span{0};  // first item above, end below
+  };
+
   void work(size_t thread);
+  static void pause();
   uint64_t wait_for_epoch(uint64_t seen);
 
   size_t threads_;
   Governor governor_;
   std::vector<std::thread> workers_;
+  std::vector<Stretch> stretches_;
   const std::function<void(size_t)>* body_ = nullptr;
   size_t in_use_ = 1;
   std::chrono::steady_clock::time_point ended_{};
@@ -66,5 +91,30 @@ class Pool {
   alignas(64) std::atomic<size_t> next_{0};
   alignas(64) std::atomic<long> switches_{0};
 };
+
+template <class Idle>
+void Pool::barrier(Idle idle) {
+  if (in_use_ == 1) {
+    next_.store(0, std::memory_order_relaxed);
+    return;
+  }
+  const uint32_t generation = generation_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == in_use_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    next_.store(0, std::memory_order_relaxed);
+    generation_.store(generation + 1, std::memory_order_release);
+    return;
+  }
+  // A matrix of a small model takes tens of microseconds: waiting threads spin for that long before they give way.
+  constexpr int kSpinsBeforeYield = 20'000;
+  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+    if (spins < kSpinsBeforeYield) {
+      idle();
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
 
 }  // namespace edgewise

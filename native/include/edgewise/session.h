@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "edgewise/ahead.h"
 #include "edgewise/model.h"
 #include "edgewise/pool.h"
 #include "edgewise/sampler.h"
@@ -133,7 +134,14 @@ class Session {
   void run_layer(size_t index, size_t thread);
   template <class Row>
   Inputs prepare(size_t thread, size_t cols, size_t tokens, bool int8, bool floats, Site site, Row row);
-  void multiply(const Work* works, size_t n, const Inputs& inputs, size_t tokens);
+  void multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens);
+  void multiply_one(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs);
+  void gate_and_up_one(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase);
+  void plan_reads(size_t thread);
+  void plan_weights(size_t thread);
+  std::pair<size_t, size_t> visible_chunks(const Layer& layer) const;
+  std::pair<size_t, size_t> chunk_nbytes(size_t layer, size_t chunk) const;
+  void wait(size_t thread);
   void add_experts(const Experts& experts, LayerKernels& kernels);
   void feed_experts(const Layer& layer, const LayerKernels& k, size_t thread);
   void feed_one(const Experts& experts, const LayerKernels& k, const Inputs& inputs, size_t thread);
@@ -145,7 +153,7 @@ class Session {
   void convert_groups(Inputs Group::*inputs, Row row);
   void expert_panel(const FeedForward& expert, const ExpertKernels& k, const Inputs& inputs, size_t tile, size_t panel,
                     size_t count, float* y) const;
-  void gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs);
+  void gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase);
   bool splits_chunks(const Layer& layer) const;
   void attend_one(const Layer& layer, size_t index, size_t thread);
   void merge_one(const Layer& layer, size_t index, float* out) const;
@@ -184,6 +192,12 @@ class Session {
   size_t cross_nbytes_ = 0;
   Pages cross_kv_;
   std::vector<size_t> source_lengths_;   // per slot
+
+  struct alignas(64) Reads {  // what a thread reads of the weights in a pass over one token
+    ReadAhead ahead;
+    size_t threads = 0;  // among how many it was split
+  };
+  std::vector<Reads> reads_;
 
   size_t count_ = 0;
   std::vector<int32_t> tokens_, slots_, positions_, ends_;

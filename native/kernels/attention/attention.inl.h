@@ -25,6 +25,7 @@ inline void score_tiles(const AttentionTask& task, size_t tile, size_t dim, size
   const uint8_t* keys = task.keys + tile * tile_nbytes;
   Floats sum[Tiles * Queries];
   for (int i = 0; i < Tiles * Queries; ++i) sum[i] = zero();
+  for (size_t line = 0; line < Tiles * tile_nbytes; line += 64) prefetch(task.key_ahead.of(keys + line));
   for (size_t d = 0; d < dim; ++d) {
 #pragma GCC unroll 12
     for (int n = 0; n < Tiles; ++n) {
@@ -69,7 +70,7 @@ void quantised_scores(const AttentionTask& task, size_t first_tile, size_t last_
   const MatmulKernel kernel = matmul_kernel(keys.format, true);
   float out[kMaxQueries * kLanes];
   for (size_t tile = first_tile; tile < last_tile; ++tile) {
-    kernel(keys, tile, 1, x, 0, 0, task.queries, {out, kLanes});
+    kernel(keys, tile, 1, x, 0, 0, task.queries, {out, kLanes}, task.key_ahead);
     for (size_t i = 0; i < task.queries; ++i)
       store(scores + i * kChunk + (tile - base) * kLanes, mul(load(out + i * kLanes), set1(task.scale)));
   }
@@ -109,6 +110,8 @@ inline void weigh_parts(const AttentionTask& task, size_t from, size_t to, size_
   Floats sum[Parts * Queries];
   for (int i = 0; i < Parts * Queries; ++i) sum[i] = zero();
   for (size_t p = from; p < to; ++p, ++weights, value += value_nbytes) {
+    if (d == 0)
+      for (size_t line = 0; line < value_nbytes; line += 64) prefetch(task.value_ahead.of(value + line));
 #pragma GCC unroll 12
     for (int n = 0; n < Parts; ++n) {
       const Floats v = load_value(value, d + static_cast<size_t>(n) * kLanes, padded, Type);

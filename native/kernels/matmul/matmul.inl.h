@@ -182,7 +182,7 @@ inline Codes centred_table(const PackedFormat& format) {
 
 template <class F, int Tokens>
 inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activations& x, size_t tile, size_t slot,
-                       const Products& out) {
+                       const Products& out, const Ahead& ahead) {
   const size_t blocks = x.blocks(), slots = x.slots;
   PanelReader<F> reader(w.format, p);
   Codes centred{};
@@ -192,10 +192,13 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
   for (int t = 0; t < Tokens; ++t) sum[t] = zero();
 
   for (size_t first_block = 0; first_block < blocks; first_block += reader.per_record) {
+    const uint8_t* header = ahead.of(reader.p);
+    for (size_t line = 0; line < reader.header; line += 64) prefetch(header + line);
     reader.head();
     const size_t last = first_block + reader.per_record < blocks ? first_block + reader.per_record : blocks;
     for (size_t b = first_block; b < last; ++b) {
-      for (size_t line = 0; line < reader.block_nbytes; line += 64) prefetch(reader.p + line + 8 * reader.block_nbytes);
+      const uint8_t* fetched = ahead.of(reader.p);
+      for (size_t line = 0; line < reader.block_nbytes; line += 64) prefetch(fetched + line);
       const Scales scales = reader.scales(b - first_block);
       Codes c[8];
       reader.codes(c);
@@ -268,7 +271,7 @@ inline void decoded_tile(const PackedMatrix& w, const uint8_t* p, const float* x
 
 template <class F>
 void decoded_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
-                    size_t count, const Products& out) {
+                    size_t count, const Products& out, const Ahead&) {
   const float* f = x.f + (tile * x.blocks() * x.slots + slot) * kBlock;
   for (size_t i = 0; i < panels; ++i) {
     const Products part = from_panel(out, i);
@@ -280,15 +283,15 @@ void decoded_panels(const PackedMatrix& w, size_t panel, size_t panels, const Ac
 
 template <class F>
 void quantised_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
-                      size_t count, const Products& out) {
+                      size_t count, const Products& out, const Ahead& ahead) {
   for (size_t i = 0; i < panels; ++i) {
     const uint8_t* p = w.panel(panel + i);
     const Products part = from_panel(out, i);
     size_t t = 0;
-    for (; t + kTile <= count; t += kTile) panel_tile<F, kTile>(w, p, x, tile, slot + t, from_token(part, t));
+    for (; t + kTile <= count; t += kTile) panel_tile<F, kTile>(w, p, x, tile, slot + t, from_token(part, t), ahead);
     if constexpr (kTile > 4)
-      for (; t + 4 <= count; t += 4) panel_tile<F, 4>(w, p, x, tile, slot + t, from_token(part, t));
-    for (; t < count; ++t) panel_tile<F, 1>(w, p, x, tile, slot + t, from_token(part, t));
+      for (; t + 4 <= count; t += 4) panel_tile<F, 4>(w, p, x, tile, slot + t, from_token(part, t), ahead);
+    for (; t < count; ++t) panel_tile<F, 1>(w, p, x, tile, slot + t, from_token(part, t), ahead);
   }
 }
 
@@ -301,7 +304,8 @@ inline Floats load_column(const uint8_t* p, size_t k) {
 
 // Panels x Tokens sums in registers: each column and each input that is loaded serves several of them.
 template <Element E, int Panels, int Tokens>
-inline void float_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const float* x, size_t slots, const Products& out) {
+inline void float_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const float* x, size_t slots, const Products& out,
+                       const Ahead& ahead) {
   constexpr size_t width = E == Element::Float32 ? 64 : 32;
   Floats sum[Panels * Tokens];
   for (int i = 0; i < Panels * Tokens; ++i) sum[i] = zero();
@@ -312,7 +316,7 @@ inline void float_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const
 #pragma GCC unroll 4
       for (int i = 0; i < Panels; ++i) {
         const uint8_t* panel = p + static_cast<size_t>(i) * panel_nbytes;
-        prefetch(panel + (first + k) * width + 2048);
+        prefetch(ahead.of(panel + (first + k) * width));
         w[i] = load_column<E>(panel, first + k);
       }
 #pragma GCC unroll 16
@@ -328,24 +332,26 @@ inline void float_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const
 }
 
 template <Element E, int Panels, int Tokens>
-inline void float_tiles(const PackedMatrix& w, size_t panel, const Activations& x, const float* f, size_t count, const Products& out) {
+inline void float_tiles(const PackedMatrix& w, size_t panel, const Activations& x, const float* f, size_t count,
+                        const Products& out, const Ahead& ahead) {
   const uint8_t* p = w.panel(panel);
   size_t t = 0;
   for (; t + Tokens <= count; t += Tokens)
-    float_tile<E, Panels, Tokens>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t));
+    float_tile<E, Panels, Tokens>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t), ahead);
   if constexpr (Tokens > 4)
-    for (; t + 4 <= count; t += 4) float_tile<E, Panels, 4>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t));
-  for (; t < count; ++t) float_tile<E, Panels, 1>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t));
+    for (; t + 4 <= count; t += 4)
+      float_tile<E, Panels, 4>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t), ahead);
+  for (; t < count; ++t) float_tile<E, Panels, 1>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t), ahead);
 }
 
 template <Element E>
 void float_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
-                  size_t count, const Products& out) {
+                  size_t count, const Products& out, const Ahead& ahead) {
   const float* f = x.f + (tile * x.blocks() * x.slots + slot) * kBlock;
   size_t i = 0;
   if constexpr (kTile >= 16)
-    for (; i + 2 <= panels; i += 2) float_tiles<E, 2, kTile / 2>(w, panel + i, x, f, count, from_panel(out, i));
-  for (; i < panels; ++i) float_tiles<E, 1, kTile>(w, panel + i, x, f, count, from_panel(out, i));
+    for (; i + 2 <= panels; i += 2) float_tiles<E, 2, kTile / 2>(w, panel + i, x, f, count, from_panel(out, i), ahead);
+  for (; i < panels; ++i) float_tiles<E, 1, kTile>(w, panel + i, x, f, count, from_panel(out, i), ahead);
 }
 
 }  // namespace

@@ -1,0 +1,127 @@
+// A pass over one token: every weight is read once, so each thread reads its own stretches in a known order and fetches
+// them ahead. Every function here runs on all threads at once.
+#include "engine/phases.h"
+
+namespace edgewise {
+
+namespace {
+
+// Panels of gate and up that a thread takes at once: few, so that the threads end together.
+constexpr size_t kPairs = 2;
+
+size_t panels_of(std::initializer_list<const Linear*> linears) {
+  size_t total = 0;
+  for (const Linear* linear : linears) total += linear->weight.panels();
+  return total;
+}
+
+}  // namespace
+
+// The weights in the order in which multiply_one and gate_and_up_one take a thread's own panels, for as many threads as
+// take part now.
+void Session::plan_weights(size_t thread) {
+  ReadAhead& ahead = reads_[thread].ahead;
+  const size_t threads = pool_.in_use(), layers = model_->layers.size();
+  reads_[thread].threads = threads;
+  ahead.reset(layers * kPhases + 1);
+  auto in_turn = [&](size_t phase, std::initializer_list<const Linear*> linears) {
+    const auto [from, to] = Pool::stretch(panels_of(linears), thread, threads);
+    size_t base = 0;
+    for (const Linear* linear : linears) {
+      const PackedMatrix& w = linear->weight;
+      const size_t first = std::max(from, base), last = std::min(to, base + w.panels());
+      if (first < last) ahead.add(phase, w.panel(first - base), (last - first) * w.panel_nbytes);
+      base += w.panels();
+    }
+  };
+  for (size_t i = 0; i < layers; ++i) {
+    const Layer& layer = model_->layers[i];
+    in_turn(phase_of(i, kQueriesKeysValues), {&layer.q, &layer.k, &layer.v});
+    in_turn(phase_of(i, kOut), {&layer.o});
+    if (layer.experts) continue;  // which ones is not known beforehand
+    const auto [from, to] = Pool::stretch(layer.up.weight.panels(), thread, threads);
+    for (size_t panel = from; panel < to; panel += kPairs)
+      for (const Linear* linear : {&layer.up, &layer.gate})
+        if (linear->present())
+          ahead.add(phase_of(i, kGateAndUp), linear->weight.panel(panel), std::min(kPairs, to - panel) * linear->weight.panel_nbytes);
+    in_turn(phase_of(i, kDown), {&layer.down});
+  }
+  if (model_->head.present()) in_turn(phase_of(layers, kHead), {&model_->head});
+}
+
+// What this pass reads: the weights, and the keys and values of the slot as attend_one takes them.
+void Session::plan_reads(size_t thread) {
+  if (count_ > 1) return;
+  if (reads_[thread].threads != pool_.in_use()) plan_weights(thread);
+  ReadAhead& ahead = reads_[thread].ahead;
+  const size_t slot = static_cast<size_t>(slots_[0]);
+  for (size_t i = 0; i < model_->layers.size(); ++i) {
+    const Layer& layer = model_->layers[i];
+    ahead.clear(phase_of(i, kAttend));
+    if (!splits_chunks(layer)) continue;
+    const auto [first, last] = visible_chunks(layer);
+    const auto [from, to] = Pool::stretch(layer.kv_heads * (last - first), thread, pool_.in_use());
+    for (size_t item = from; item < to; ++item) {
+      const size_t chunk = first + item % (last - first), head = item / (last - first);
+      const auto [key_nbytes, value_nbytes] = chunk_nbytes(i, chunk);
+      ahead.add(phase_of(i, kAttend), keys(i, slot, head) + chunk * kChunk / kLanes * kv_layout_[i].key_tile_nbytes(), key_nbytes);
+      ahead.add(phase_of(i, kAttend), values(i, slot, head) + chunk * kChunk * kv_layout_[i].value_nbytes(), value_nbytes);
+    }
+  }
+  ahead.begin();
+}
+
+// Bytes of a chunk's keys and values that the token of this pass reads.
+std::pair<size_t, size_t> Session::chunk_nbytes(size_t layer, size_t chunk) const {
+  int32_t begin, end;
+  visible_range(model_->layers[layer], 0, begin, end);
+  const size_t positions = std::min((chunk + 1) * kChunk, static_cast<size_t>(end)) - chunk * kChunk;
+  return {(positions + kLanes - 1) / kLanes * kv_layout_[layer].key_tile_nbytes(), positions * kv_layout_[layer].value_nbytes()};
+}
+
+// The end of a phase: waiting threads fetch what they will read next.
+void Session::wait(size_t thread) {
+  if (count_ > 1) return pool_.barrier();
+  pool_.barrier([&ahead = reads_[thread].ahead] { ahead.fetch(512); });
+}
+
+void Session::multiply_one(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs) {
+  ReadAhead& reads = reads_[thread].ahead;
+  size_t total = 0;
+  for (size_t i = 0; i < n; ++i) total += works[i].linear->weight.panels();
+  pool_.share(thread, total);
+  reads.seek(phase);
+  size_t i = 0, base = 0;
+  for (Pool::Share share; pool_.take_share(thread, 1, share);) {
+    if (share.from < base) i = base = 0;
+    for (; share.from >= base + works[i].linear->weight.panels(); ++i) base += works[i].linear->weight.panels();
+    const Linear& linear = *works[i].linear;
+    const PackedMatrix& w = linear.weight;
+    const size_t panel = share.from - base;
+    const Ahead ahead = share.own ? reads.over(w.panel(panel), w.panel_nbytes) : Ahead{};
+    works[i].kernel(w, panel, 1, linear.int8_inputs() ? inputs.int8 : inputs.floats, 0, 0, 1,
+                    {works[i].y + panel * kLanes, works[i].stride, linear.bias_of(panel), works[i].add}, ahead);
+  }
+}
+
+void Session::gate_and_up_one(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase) {
+  ReadAhead& reads = reads_[thread].ahead;
+  pool_.share(thread, layer.up.weight.panels());
+  reads.seek(phase);
+  float gate[kPairs * kLanes];
+  for (Pool::Share share; pool_.take_share(thread, kPairs, share);) {
+    const size_t panels = share.to - share.from;
+    auto read = [&](const Linear& linear, MatmulKernel kernel, float* y) {
+      const PackedMatrix& w = linear.weight;
+      const Ahead ahead = share.own ? reads.over(w.panel(share.from), panels * w.panel_nbytes) : Ahead{};
+      kernel(w, share.from, panels, linear.int8_inputs() ? inputs.int8 : inputs.floats, 0, 0, 1,
+             {y, panels * kLanes, linear.bias_of(share.from)}, ahead);
+    };
+    float* up = ffn_.floats() + share.from * kLanes;
+    read(layer.up, k.up, up);
+    if (layer.gate.present()) read(layer.gate, k.gate, gate);
+    kernels_.rows.gate(layer.function, layer.gate.present() ? gate : nullptr, up, panels * kLanes);
+  }
+}
+
+}  // namespace edgewise
