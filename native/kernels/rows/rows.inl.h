@@ -40,17 +40,22 @@ void add_rows(const float* x, size_t n, float* y) {
   for (size_t i = 0; i < n; i += kLanes) store_tail(y + i, add(load_tail(y + i, n - i), load_tail(x + i, n - i)), n - i);
 }
 
+template <Floats (*Function)(Floats)>
+inline void gate_with(const float* gate, float* up, size_t n) {
+  if (gate == nullptr) {
+    for (size_t i = 0; i < n; i += kLanes) store_tail(up + i, Function(load_tail(up + i, n - i)), n - i);
+    return;
+  }
+  for (size_t i = 0; i < n; i += kLanes)
+    store_tail(up + i, mul(Function(load_tail(gate + i, n - i)), load_tail(up + i, n - i)), n - i);
+}
+
 void gate_rows(Gate function, const float* gate, float* up, size_t n) {
-  for (size_t i = 0; i < n; i += kLanes) {
-    const Floats g = load_tail((gate == nullptr ? up : gate) + i, n - i);
-    Floats y;
-    switch (function) {
-      case Gate::Silu: y = silu(g); break;
-      case Gate::Gelu: y = gelu(g); break;
-      case Gate::GeluTanh: y = gelu_tanh(g); break;
-      default: y = max(g, zero()); break;
-    }
-    store_tail(up + i, gate == nullptr ? y : mul(y, load_tail(up + i, n - i)), n - i);
+  switch (function) {
+    case Gate::Silu: return gate_with<silu>(gate, up, n);
+    case Gate::Gelu: return gate_with<gelu>(gate, up, n);
+    case Gate::GeluTanh: return gate_with<gelu_tanh>(gate, up, n);
+    default: return gate_with<relu>(gate, up, n);
   }
 }
 
