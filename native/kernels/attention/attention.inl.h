@@ -16,8 +16,34 @@ inline Floats load_key(const uint8_t* tile, size_t d, KvType type) {
 // Every sum is a chain of dependent additions: with few queries, several tiles or dimensions go side by side, so that the
 // multipliers stay busy. Each chain keeps its own order, and with it its bits.
 constexpr int chains_per_query(int queries) {
-  const int chains = kTile >= 16 ? 12 : 4;
-  return queries >= chains ? 1 : chains / queries;
+  const int chains = kTile >= 16 ? 24 : 4, most = kTile >= 16 ? 12 : 4;
+  return queries >= chains ? 1 : chains / queries < most ? chains / queries : most;
+}
+
+// sum[n * Queries + i] += vectors[n] * scalar(i): what is fewer stays in registers, the other is read where it is used.
+template <int Vectors, int Queries, class Vector, class Scalar>
+inline void add_products(Vector vector, Scalar scalar, Floats* sum) {
+  if constexpr (Vectors <= Queries) {
+    Floats v[Vectors];
+#pragma GCC unroll 12
+    for (int n = 0; n < Vectors; ++n) v[n] = vector(n);
+#pragma GCC unroll 12
+    for (int i = 0; i < Queries; ++i) {
+      const Floats s = set1(scalar(i));
+#pragma GCC unroll 12
+      for (int n = 0; n < Vectors; ++n) sum[n * Queries + i] = fma(v[n], s, sum[n * Queries + i]);
+    }
+  } else {
+    Floats s[Queries];
+#pragma GCC unroll 12
+    for (int i = 0; i < Queries; ++i) s[i] = set1(scalar(i));
+#pragma GCC unroll 12
+    for (int n = 0; n < Vectors; ++n) {
+      const Floats v = vector(n);
+#pragma GCC unroll 12
+      for (int i = 0; i < Queries; ++i) sum[n * Queries + i] = fma(v, s[i], sum[n * Queries + i]);
+    }
+  }
 }
 
 template <int Queries, int Tiles, KvType Type>
@@ -26,15 +52,9 @@ inline void score_tiles(const AttentionTask& task, size_t tile, size_t dim, size
   Floats sum[Tiles * Queries];
   for (int i = 0; i < Tiles * Queries; ++i) sum[i] = zero();
   for (size_t line = 0; line < Tiles * tile_nbytes; line += 64) prefetch(task.key_ahead.of(keys + line));
-  for (size_t d = 0; d < dim; ++d) {
-#pragma GCC unroll 12
-    for (int n = 0; n < Tiles; ++n) {
-      const Floats k = load_key(keys + static_cast<size_t>(n) * tile_nbytes, d, Type);
-#pragma GCC unroll 12
-      for (int i = 0; i < Queries; ++i)
-        sum[n * Queries + i] = fma(k, set1(task.q[static_cast<size_t>(i) * task.q_stride + d]), sum[n * Queries + i]);
-    }
-  }
+  for (size_t d = 0; d < dim; ++d)
+    add_products<Tiles, Queries>([&](int n) { return load_key(keys + static_cast<size_t>(n) * tile_nbytes, d, Type); },
+                                 [&](int i) { return task.q[static_cast<size_t>(i) * task.q_stride + d]; }, sum);
   for (int n = 0; n < Tiles; ++n)
     for (int i = 0; i < Queries; ++i)
       store(scores + static_cast<size_t>(i) * kChunk + static_cast<size_t>(n) * kLanes, mul(sum[n * Queries + i], set1(task.scale)));
@@ -112,13 +132,8 @@ inline void weigh_parts(const AttentionTask& task, size_t from, size_t to, size_
   for (size_t p = from; p < to; ++p, ++weights, value += value_nbytes) {
     if (d == 0)
       for (size_t line = 0; line < value_nbytes; line += 64) prefetch(task.value_ahead.of(value + line));
-#pragma GCC unroll 12
-    for (int n = 0; n < Parts; ++n) {
-      const Floats v = load_value(value, d + static_cast<size_t>(n) * kLanes, padded, Type);
-#pragma GCC unroll 12
-      for (int i = 0; i < Queries; ++i)
-        sum[n * Queries + i] = fma(v, set1(weights[static_cast<size_t>(i) * kChunk]), sum[n * Queries + i]);
-    }
+    add_products<Parts, Queries>([&](int n) { return load_value(value, d + static_cast<size_t>(n) * kLanes, padded, Type); },
+                                 [&](int i) { return weights[static_cast<size_t>(i) * kChunk]; }, sum);
   }
   for (int n = 0; n < Parts; ++n)
     for (int i = 0; i < Queries; ++i)
