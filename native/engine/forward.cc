@@ -32,9 +32,9 @@ void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n,
   }
   size_t total = 0;
   for (size_t i = 0; i < n; ++i) total += works[i].linear->weight.panels();
-  const size_t step = panels_at_once(total, config_.threads, tokens);
-  for (size_t from; (from = pool_.take(step)) < total;) {
-    const size_t to = std::min(total, from + step);
+  const Runs runs(total, config_.threads, tokens);
+  for (size_t run; (run = pool_.take(1)) < runs.count;) {
+    const size_t from = runs.first(run), to = std::min(total, runs.first(run + 1));
     size_t base = 0;
     for (size_t i = 0; i < n; base += works[i].linear->weight.panels(), ++i) {
       const Work& work = works[i];
@@ -58,12 +58,12 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
     return wait(thread);
   }
   const size_t panels = layer.up.weight.panels(), tokens = count_;
-  const size_t step = panels_at_once(2 * panels, config_.threads, tokens);
+  const Runs runs(panels, config_.threads, tokens);
   const Activations& x_up = layer.up.int8_inputs() ? inputs.int8 : inputs.floats;
   const Activations& x_gate = layer.gate.present() && layer.gate.int8_inputs() ? inputs.int8 : inputs.floats;
   float gate[kLanes * kMostPanels * kLanes];
-  for (size_t from; (from = pool_.take(step)) < panels;) {
-    const size_t count_panels = std::min(panels, from + step) - from, width = count_panels * kLanes;
+  for (size_t run; (run = pool_.take(1)) < runs.count;) {
+    const size_t from = runs.first(run), count_panels = std::min(panels, runs.first(run + 1)) - from, width = count_panels * kLanes;
     for (size_t tile = 0; tile < x_up.tiles(); ++tile) {
       const size_t count = std::min(x_up.slots, tokens - tile * x_up.slots);
       float* up = ffn_.floats() + tile * x_up.slots * ffn_stride_ + from * kLanes;

@@ -21,6 +21,19 @@ inline size_t panels_at_once(size_t panels, size_t threads, size_t tokens) {
   return std::clamp<size_t>(panels / (threads * 4), 1, 8);
 }
 
+// The panels of a phase in runs that threads take one by one: as equal as whole pairs allow, since float kernels hold
+// two panels at a time.
+struct Runs {
+  size_t pairs, count;
+  Runs(size_t panels, size_t threads, size_t tokens) : pairs((panels + 1) / 2) {
+    const size_t fewest = (panels + kMostPanels / 2 - 1) / (kMostPanels / 2);
+    count = tokens == 1 ? (panels + panels_at_once(panels, threads, 1) - 1) / panels_at_once(panels, threads, 1)
+                        : std::max(fewest, 8 * threads);
+    count = std::clamp<size_t>(count, 1, pairs);
+  }
+  size_t first(size_t run) const { return pairs * run / count * 2; }
+};
+
 inline void apply_norm(const Kernels& kernels, const Norm& norm, const float* x, size_t n, float* y) {
   const float* bias = norm.bias.empty() ? nullptr : norm.bias.data();
   const float* weight = norm.weight.empty() ? nullptr : norm.weight.data();
