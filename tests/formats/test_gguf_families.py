@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+from reference import forward
+from tiny_checkpoints import t5
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, UnsupportedError, collect_notices
@@ -95,7 +98,6 @@ class TestFamilies:
     @pytest.mark.parametrize("name", NAMES)
     def test_logits_survive_a_file(self, name: str, tmp_path: Path) -> None:
         import tiny_models
-        from reference import forward
 
         checkpoint = tiny_models.checkpoint_of(tiny_models.build(name))
         back = written(checkpoint, tmp_path / "m.gguf")
@@ -140,3 +142,72 @@ class TestFamilies:
         write_gguf_raw(tmp_path / "bad.gguf", keys, {name: ("F32", raw.stored(name)) for name in raw.home})
         with pytest.raises(FormatError, match=r"expected a matrix for each of the 4 experts"):
             read_gguf(tmp_path / "bad.gguf")
+
+
+def t5_file(checkpoint: Checkpoint, path: Path, **keys: Any) -> Path:
+    """A T5 as other tools write it: their names, in which a gate and an output layer say that it is of version 1.1."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, checkpoint.config["num_layers"])
+    tensors = {names.get_name(name, try_suffixes=(".weight",)): ("F32", stored)
+               for name, stored in checkpoint.tensors.items()}
+    config = checkpoint.config
+    made = {
+        "general.architecture": "t5", "t5.block_count": config["num_layers"], "t5.context_length": 48,
+        "t5.embedding_length": config["d_model"], "t5.feed_forward_length": config["d_ff"],
+        "t5.attention.head_count": config["num_heads"], "t5.attention.key_length": config["d_kv"],
+        "t5.attention.value_length": config["d_kv"], "t5.attention.layer_norm_epsilon": 1e-6,
+        "t5.attention.layer_norm_rms_epsilon": 1e-6, "t5.attention.relative_buckets_count": 32,
+        "t5.decoder_start_token_id": 0, "tokenizer.ggml.eos_token_id": 1, **keys}
+    write_gguf_raw(path, made, tensors)
+    return path
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_t5_says_by_its_tensors_which_version_it_is(gated: bool, tmp_path: Path) -> None:
+    checkpoint = t5(gated=gated)
+    with collect_notices(strict=True):
+        back = read_gguf(t5_file(checkpoint, tmp_path / "m.gguf"))
+        plan = plan_of(back)
+    assert set(back.tensors) == set(checkpoint.tensors)
+    assert back.config["feed_forward_proj"] == ("gated-gelu" if gated else "relu")
+    assert (plan.context, plan.start, plan.kind) == (48, 0, "encoder-decoder")
+    expected = forward(plan_of(checkpoint), IDS, decoder_ids=[0, 4, 5])
+    np.testing.assert_array_equal(forward(plan, IDS, decoder_ids=[0, 4, 5]), expected)
+    with pytest.raises(UnsupportedError, match="type 't5' are not written as GGUF"):
+        write_gguf(back, tmp_path / "n.gguf", "keep")
+
+
+def test_t5_with_a_table_of_biases_for_each_layer_keeps_them(tmp_path: Path) -> None:
+    """umT5, which files call t5 too."""
+    checkpoint = t5()
+    name = "decoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    own = Dense(np.random.default_rng(5).standard_normal((32, 3)).astype(np.float32))
+    with collect_notices():
+        plan = plan_of(read_gguf(t5_file(replace(checkpoint, tensors={**checkpoint.tensors, name: own}),
+                                         tmp_path / "m.gguf")))
+    biases = [layer.attention.bias for layer in plan.layers]
+    np.testing.assert_array_equal(biases[1].table, own.data)
+    assert biases[0] is not biases[1]
+
+
+def test_the_encoder_of_a_t5_alone(tmp_path: Path) -> None:
+    checkpoint = t5()
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(("shared", "encoder"))}
+    path = t5_file(replace(checkpoint, tensors=tensors), tmp_path / "m.gguf")
+    keys = {key.replace("t5.", "t5encoder.", 1): value for key, value in GgufShards.open(path).metadata.items()}
+    raw = GgufShards.open(path)
+    write_gguf_raw(tmp_path / "n.gguf", {**keys, "general.architecture": "t5encoder"},
+                   {name: ("F32", raw.stored(name)) for name in raw.home})
+    with collect_notices():
+        plan = plan_of(read_gguf(tmp_path / "n.gguf"))
+    assert plan.kind == "encoder"
+    np.testing.assert_array_equal(forward(plan, IDS), forward(plan_of(checkpoint).encoder, IDS))
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"t5.block_count": 3}, "block_count is 3, but the tensors are of 2 layers"),
+    ({"t5.decoder_block_count": 5}, r"decoder\.block\.2\..*no such tensor"),
+    ({"t5.decoder_start_token_id": 4000}, "decoder_start_token_id"),
+    ({"t5.attention.key_length": 0}, "expected a positive number")])
+def test_a_t5_file_that_lies(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=message), collect_notices():
+        plan_of(read_gguf(t5_file(t5(), tmp_path / "m.gguf", **keys)))

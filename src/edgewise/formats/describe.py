@@ -145,16 +145,19 @@ def _report(source: str, kind: str, tensors: Sequence[_Tensor], checkpoint: Chec
     return Report(f"Model {Path(source).name or source}", tuple(quantities), tuple(tables), lineage=lineage)
 
 
-_NUMBERS = (("context", "max_position_embeddings"), ("layers", "num_hidden_layers"), ("hidden", "hidden_size"),
-            ("feed-forward", "intermediate_size"), ("heads", "num_attention_heads"),
-            ("KV heads", "num_key_value_heads"), ("vocabulary", "vocab_size"))
+_NUMBERS = (
+    ("context", "max_position_embeddings", "n_positions"), ("layers", "num_hidden_layers", "num_layers"),
+    ("decoder layers", "num_decoder_layers", ""), ("hidden", "hidden_size", "d_model"),
+    ("feed-forward", "intermediate_size", "d_ff"), ("heads", "num_attention_heads", "num_heads"),
+    ("KV heads", "num_key_value_heads", ""), ("vocabulary", "vocab_size", ""))
+"""What is shown, the key it has, and the key it has in T5."""
 
 
 def _of_model(checkpoint: Checkpoint) -> Iterable[Quantity]:
     config, metadata = checkpoint.config, checkpoint.metadata
-    for label, key in _NUMBERS:
-        if isinstance(config.get(key), int | list):
-            value = config[key]
+    for label, key, older in _NUMBERS:
+        value = config.get(key, config.get(older))
+        if isinstance(value, int | list):
             yield Quantity(label, value if isinstance(value, int) else ", ".join(map(str, value)))
     tokenizer = metadata.get("tokenizer")
     if tokenizer is None:

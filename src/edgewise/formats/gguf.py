@@ -15,7 +15,7 @@ from edgewise.core.errors import FormatError, notice
 from edgewise.core.storage import Blocks, Dense, LazyTensors, QuantizedTensor, Stored, rows_of
 from edgewise.formats.ggml_blocks import PLAIN, codec, ggml_bytes, type_of
 from edgewise.formats.gguf_config import ROPE_DIVISORS, config_of_keys, scaling_of_divisors
-from edgewise.formats.gguf_families import LONG_FACTORS, with_factors
+from edgewise.formats.gguf_families import LONG_FACTORS, feed_forward_of_t5, with_factors
 from edgewise.formats.gguf_file import GgufMetadata, GgufShards, read_gguf_raw
 from edgewise.formats.gguf_names import GgufArch, arch_of_file
 from edgewise.formats.gguf_rotary import split_rotary
@@ -132,6 +132,8 @@ def _tensors(shards: GgufShards, arch: GgufArch, config: dict[str, Any], path: P
     factors = {key: whole(name).dense() for key, name in LONG_FACTORS.items() if name in shards.home}
     if factors and arch.hf == "phi3":
         with_factors(config, factors, shards.metadata, path)
+    if arch.hf == "t5":
+        feed_forward_of_t5(config, makers)
     if ROPE_DIVISORS in shards.home:
         scaling = scaling_of_divisors(shards.stored(ROPE_DIVISORS).dense(), config, path)
         if scaling is None:  # no rule that config.json can name: the engine divides by the tensor itself
@@ -146,11 +148,14 @@ def _complete_config(config: dict[str, Any], shards: GgufShards, arch: GgufArch,
     if "token_embd.weight" not in shards.home:
         raise FormatError("there is no tensor token_embd.weight", path=path)
     config["vocab_size"] = shards.shape("token_embd.weight")[0]
-    layers = {int(found[1]) for name in shards.home if (found := re.match(r"blk\.(\d{1,6})\.", name))}
-    if len(layers) != config["num_hidden_layers"] or layers != set(range(len(layers))):
-        raise FormatError(f"key {arch.gguf}.block_count is {config['num_hidden_layers']}, but the tensors are of "
-                          f"{len(layers)} layers", path=path)
-    if "output" in arch.tensors:
+    pattern, count = re.escape(arch.block) + r"(\d{1,6})\.", config[arch.keys["block_count"]]
+    layers = {int(found[1]) for name in shards.home if (found := re.match(pattern, name))}
+    if len(layers) != count or layers != set(range(len(layers))):
+        raise FormatError(f"key {arch.gguf}.block_count is {count}, but the tensors are of {len(layers)} layers",
+                          path=path)
+    if arch.hf == "t5":
+        config["tie_word_embeddings"] = "output.weight" not in shards.home
+    elif "output" in arch.tensors:
         config["tie_word_embeddings"] = "output.weight" not in shards.home
         config["attention_bias"] = "blk.0.attn_q.bias" in shards.home
         config["mlp_bias"] = "blk.0.ffn_up.bias" in shards.home

@@ -22,7 +22,7 @@ Float32 = NDArray[np.float32]
 
 # Keys below "<arch>." that say nothing a config.json would say, or are handled by name below.
 _SILENT = {"rope.dimension_count", "attention.value_length", "attention.causal", "pooling_type", "expert_count",
-           "expert_used_count", "expert_weights_scale", "attention.scale"}
+           "expert_used_count", "expert_weights_scale", "attention.scale", "decoder_start_token_id"}
 _LARGEST = 1 << 31
 ROPE_DIVISORS = "rope_freqs.weight"
 """The one tensor that stands for a configuration: what each rotary frequency is divided by."""

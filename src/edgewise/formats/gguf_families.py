@@ -7,7 +7,7 @@ say is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewise.core.errors import FormatError, UnsupportedError, notice
+from edgewise.core.storage import Stored
 from edgewise.formats.gguf_file import GgufMetadata
 from edgewise.formats.gguf_names import GgufArch
 
-__all__ = ["LONG_FACTORS", "complete", "flattened", "long_factors", "with_factors"]
+__all__ = ["LONG_FACTORS", "complete", "feed_forward_of_t5", "flattened", "long_factors", "with_factors"]
 
 LONG_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 """LongRoPE's keys in config.json -> the tensors that hold them."""
@@ -37,6 +38,8 @@ def complete(config: dict[str, Any], metadata: GgufMetadata, arch: GgufArch, pat
             config["query_pre_attn_scalar"] = whole if math.isclose(scalar, whole, rel_tol=1e-6) else scalar
         else:
             config["query_pre_attn_scalar"] = _usual_scalar(config)
+    if arch.hf == "t5":
+        config["decoder_start_token_id"] = metadata.integer(f"{prefix}decoder_start_token_id", 0)
     if arch.hf == "phi3":
         size, dims = config["head_dim"], metadata.integer(f"{prefix}rope.dimension_count", config["head_dim"])
         if not 0 < dims <= size:
@@ -45,6 +48,15 @@ def complete(config: dict[str, Any], metadata: GgufMetadata, arch: GgufArch, pat
         if dims != size:  # transformers takes int(size * factor)
             factor = dims / size
             config["partial_rotary_factor"] = factor if int(size * factor) == dims else math.nextafter(factor, 1.0)
+
+
+def feed_forward_of_t5(config: dict[str, Any], makers: dict[str, Callable[[], Stored]]) -> None:
+    """Files say by a gate whether they are of T5 1.1; without one, what they call ffn_up is T5's only wi."""
+    gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in makers
+    config["feed_forward_proj"] = "gated-gelu" if gated else "relu"
+    if not gated:
+        for name in [name for name in makers if name.endswith(".wi_1.weight")]:
+            makers[name.replace(".wi_1.", ".wi.")] = makers.pop(name)
 
 
 def with_factors(config: dict[str, Any], factors: Mapping[str, NDArray[np.float32]], metadata: GgufMetadata,

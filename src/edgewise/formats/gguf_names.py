@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgewise.core.errors import UnsupportedError
@@ -34,6 +34,7 @@ class GgufArch:
     `{e}` stands for the number of the expert. experts: config key with their number, "" without experts.
     rows: matrices of one row, which are vectors in GGUF.
     norm_offset: what GGUF's weights of norms have been raised by; Hugging Face's multiply by that much more.
+    block: what the number of a layer follows in the names of tensors. written: files of it are made, not only read.
     """
 
     gguf: str
@@ -51,6 +52,8 @@ class GgufArch:
     experts: str = ""
     rows: tuple[str, ...] = ()
     norm_offset: float = 0.0
+    block: str = "blk."
+    written: bool = True
 
     def hf_name(self, name: str) -> str | None:
         """The Hugging Face name of a GGUF tensor, or None when the architecture has no place for it."""
@@ -256,8 +259,49 @@ _QWEN3MOE = GgufArch(
     required=(*_LLAMA.required, *_QWEN_EXPERT_KEYS.values()),
     defaults=_QWEN3.defaults,
 )
+_T5_ATTENTION = {f"attn_{part}": f"SelfAttention.{part}" for part in "qkvo"} | {
+    "attn_rel_b": "SelfAttention.relative_attention_bias"}
+_T5_PARTS = {"ffn_gate": "DenseReluDense.wi_0", "ffn_up": "DenseReluDense.wi_1", "ffn_down": "DenseReluDense.wo",
+             "ffn_norm": "layer_norm"}  # without a gate, ffn_up is wi: see gguf_families
+_T5_ENCODER = {
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+    "enc.blk.{i}.attn_norm": "encoder.block.{i}.layer.0.layer_norm",
+    **{f"enc.blk.{{i}}.{ours}": f"encoder.block.{{i}}.layer.0.{theirs}" for ours, theirs in _T5_ATTENTION.items()},
+    **{f"enc.blk.{{i}}.{ours}": f"encoder.block.{{i}}.layer.1.{theirs}" for ours, theirs in _T5_PARTS.items()},
+}
+_T5 = GgufArch(
+    gguf="t5", hf="t5", block="enc.blk.", written=False,
+    keys={
+        "block_count": "num_layers",
+        "decoder_block_count": "num_decoder_layers",
+        "context_length": "n_positions",
+        "embedding_length": "d_model",
+        "feed_forward_length": "d_ff",
+        "attention.head_count": "num_heads",
+        "attention.key_length": "d_kv",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+        "attention.relative_buckets_count": "relative_attention_num_buckets",
+    },
+    tensors={
+        **_T5_ENCODER,
+        "output": "lm_head",
+        "dec.output_norm": "decoder.final_layer_norm",
+        "dec.blk.{i}.attn_norm": "decoder.block.{i}.layer.0.layer_norm",
+        "dec.blk.{i}.cross_attn_norm": "decoder.block.{i}.layer.1.layer_norm",
+        **{f"dec.blk.{{i}}.{ours}": f"decoder.block.{{i}}.layer.0.{theirs}" for ours, theirs in _T5_ATTENTION.items()},
+        **{f"dec.blk.{{i}}.cross_attn_{part}": f"decoder.block.{{i}}.layer.1.EncDecAttention.{part}"
+           for part in "qkvo"},
+        **{f"dec.blk.{{i}}.{ours}": f"decoder.block.{{i}}.layer.2.{theirs}" for ours, theirs in _T5_PARTS.items()},
+    },
+    constants={},
+    required=("num_layers", "d_model", "num_heads", "d_kv", "d_ff"),
+    defaults={"layer_norm_epsilon": 1e-6, "n_positions": 512, "relative_attention_num_buckets": 32},
+)
+_T5_ALONE = replace(_T5, gguf="t5encoder", tensors=_T5_ENCODER, constants={"is_encoder_decoder": False})
 ARCHITECTURES: tuple[GgufArch, ...] = (
-    _LLAMA, _BERT, _QWEN2, _QWEN3, _PHI3, _GEMMA3, _MIXTRAL, _QWEN2MOE, _QWEN3MOE)
+    _LLAMA, _BERT, _QWEN2, _QWEN3, _PHI3, _GEMMA3, _MIXTRAL, _QWEN2MOE, _QWEN3MOE, _T5, _T5_ALONE)
 
 
 def arch_of_file(name: str, *, where: str, experts: bool = False) -> GgufArch:
@@ -276,8 +320,8 @@ def arch_of_file(name: str, *, where: str, experts: bool = False) -> GgufArch:
 def arch_of_config(model_type: str, *, where: str) -> GgufArch:
     """The table under which a `model_type` is written."""
     for arch in ARCHITECTURES:
-        if model_type in (arch.hf, *arch.also):
+        if arch.written and model_type in (arch.hf, *arch.also):
             return arch
-    known = ", ".join(name for arch in ARCHITECTURES for name in (arch.hf, *arch.also))
+    known = ", ".join(name for arch in ARCHITECTURES if arch.written for name in (arch.hf, *arch.also))
     raise UnsupportedError(f"{where}: models of type {model_type!r} are not written as GGUF; {known} are. Write a "
                            "Hugging Face folder instead")

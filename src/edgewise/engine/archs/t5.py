@@ -2,8 +2,9 @@
 
 Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", arXiv:1910.10683;
 Xue et al., "mT5", arXiv:2010.11934; Chung et al., "UniMax" (umT5), arXiv:2304.09151. Scores are not scaled. T5 and mT5
-have one table of biases for all layers of a stack, umT5 one for each. T5 with a tied output layer, and umT5, scale what
-goes into it by hidden^-1/2; T5 1.1 and mT5 do not. Checkpoints of the encoder alone run as encoders.
+have one table of biases for all layers of a stack, umT5 one for each (a GGUF file calls both t5). T5 with a tied
+output layer, and umT5, scale what goes into it by hidden^-1/2; T5 1.1 and mT5 do not. Checkpoints of the encoder alone
+run as encoders.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ class _Reader:
         for i in range(count):
             name = f"{stack}.block.{i}.layer"
             linears = self._projections(f"{name}.0.SelfAttention")
-            if bias is None or self.arch == "umt5":
-                table = f"{name}.0.SelfAttention.relative_attention_bias.weight"
+            table = f"{name}.0.SelfAttention.relative_attention_bias.weight"
+            if bias is None or self.arch == "umt5" or table in self.tensors:
                 bias = RelativeBias(self.tensors.dense(table, (self.table, self.heads)), self.most, not decoder)
             cross = None
             if decoder:
