@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 from plans import answer, biased, decoder, encoder_decoder, ids_for, logits, sessions
 from reference import MUTATIONS, bucket, forward
 from tiny_checkpoints import EOS, llama, t5
@@ -27,7 +28,9 @@ from edgewise.engine.loading import model_of, requantised, session_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.plan import AttentionPolicy, RelativeBias
 from edgewise.engine.workload import workload_of
+from edgewise.fit.convert import convert
 from edgewise.fit.sensitivity import Bench
+from edgewise.formats.folder import read_folder
 from edgewise.native import _core
 
 TOLERANCE = 2e-5  # of the largest logit: float32 sums
@@ -315,3 +318,52 @@ def test_an_encoder_alone_runs_as_an_encoder():
     np.testing.assert_array_equal(model.states(ids), model_of(checkpoint, threads=1).states(ids))
     with pytest.raises(UnsupportedError, match="generate needs a decoder; tiny-t5 is an encoder"):
         model.generate(TEXT)
+
+
+# ---- files and tokenizers -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", ["keep", "Q8_0", "int4/g32/fp16/min"])
+def test_a_converted_folder_runs(form, tmp_path):
+    """Tables of biases stay as they are; what is embedded, attended and fed forward is rounded."""
+    with collect_notices():
+        report = convert(t5(), tmp_path / "out", form)
+        model = model_of(read_folder(tmp_path / "out"), kv="fp32", activations="float32")
+    ids, answers = list(range(3, 40)), [0, 5, 9, 200, 17]
+    tensors = {row[0]: row for table in report.tables if table.title == "Tensors" for row in table.rows}
+    assert len(tensors) == len(t5().tensors)
+    rounded = {name for name, row in tensors.items() if row[2] != row[3]} if form != "keep" else set()
+    assert rounded == set() if form == "keep" else rounded == {
+        name for name, tensor in t5().tensors.items() if len(tensor.shape) == 2 and "relative" not in name}
+    whole = forward(plan_of(t5()), ids, decoder_ids=answers)
+    assert miss(model.forward(ids, answers), whole) < {"keep": TOLERANCE, "Q8_0": 0.05}.get(form, 0.5)
+
+
+def unigram() -> bytes:
+    """A SentencePiece tokenizer as T5 has it: Unigram with a score per piece, ▁ for spaces, </s> after a text."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁the", -3.0), ("▁leaf", -4.0), ("s", -3.5),
+              ("▁is", -3.2), ("▁green", -5.0), ("gr", -6.0), ("een", -6.0), (".", -3.0)]
+    pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrtuvwxyz"]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    made.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<pad>", "</s>", "<unk>")])
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return made.to_str().encode()
+
+
+def test_a_unigram_tokenizer_reads_and_answers():
+    checkpoint = t5(tokenizer=unigram(), vocab=40, layers=1)
+    metadata = {**checkpoint.metadata, "generation": {"eos_token_id": 1}}
+    model = model_of(replace(checkpoint, metadata=metadata), kv="fp32")
+    ids = model.encode("the leafs  is green.")
+    assert ids == [4, 5, 6, 7, 8, 11, 1]
+    assert model.tokenizer.decode(ids) == "the leafs is green."
+    assert model.encode("Ö") == [3, 2, 1]
+    generation = model.generate("the leafs is green.", max_tokens=12, ignore_eos=True)
+    pieces = [token.text for token in generation]
+    assert generation.prompt_tokens == 7
+    assert generation.ids == model.generate(ids, max_tokens=12, ignore_eos=True).result().ids
+    assert "".join(pieces) == generation.text == model.tokenizer.decode(generation.ids)
+    assert generation.text != ""
+    assert model.tokenizer.eos_ids == {1}

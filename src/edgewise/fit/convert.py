@@ -44,12 +44,12 @@ _ROWS = 4096
 """Rows whose error is summed at a time, in float64."""
 
 _CLASSES = (
-    ("table", r"(position_embeddings|token_type_embeddings)\."),
-    ("embedding", r"(embed_tokens|word_embeddings|wte)\."),
+    ("table", r"(position_embeddings|token_type_embeddings|relative_attention_bias)\."),
+    ("embedding", r"((embed_tokens|word_embeddings|wte)\.|^shared\.)"),
     ("head", r"(^|\.)lm_head\."),
     ("norm", r"norm"),
     ("attention", r"(self_attn|attention|attn)\."),
-    ("feed-forward", r"(mlp|feed_forward|intermediate|output\.dense)\b"),
+    ("feed-forward", r"(mlp|feed_forward|intermediate|output\.dense|densereludense)\b"),
 )
 
 
