@@ -1,5 +1,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <sys/mman.h>
 
 #include <memory>
 #include <span>
@@ -134,6 +135,19 @@ nb::list strings(Bytes file, size_t offset, uint64_t count) try {
   raise(error);
 }
 
+// Every page under an array: in one call, and without holding the interpreter, since a disk may have to be waited for.
+// A kernel before 5.14 does not know how; then each page comes when it is first read.
+void populate(nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> pages) {
+#if defined(MADV_POPULATE_READ)
+  auto* start = const_cast<uint8_t*>(pages.data());
+  const size_t nbytes = pages.size();
+  nb::gil_scoped_release release;
+  (void)madvise(start, nbytes, MADV_POPULATE_READ);
+#else
+  (void)pages;
+#endif
+}
+
 }  // namespace
 
 void bind_io(nb::module_& m) {
@@ -149,6 +163,7 @@ void bind_io(nb::module_& m) {
         "[(tensor, type name, shape, offset, nbytes)]); ValueError(message, offset, tensor, unsupported)");
   m.def("gguf_strings", &strings, nb::arg("file").noconvert(), nb::arg("offset"), nb::arg("count"),
         "The strings of a key, as parse_gguf places them");
+  m.def("populate", &populate, nb::arg("pages").noconvert(), "Map every page under a page-aligned uint8 array now");
 }
 
 }  // namespace edgewise

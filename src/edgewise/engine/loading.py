@@ -51,11 +51,15 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     activations: "float32" runs quantised weights on float inputs, slower and without the rounding of "int8".
     cache: map weights packed by an earlier start. Raises SourceError, FormatError, UnsupportedError, BudgetError.
     """
+    def opened() -> Checkpoint:
+        return open_checkpoint(os.fspath(source), offline=offline, progress=progress)
+
     with _uncollected():
-        checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
-            os.fspath(source), offline=offline, progress=progress)
-        return model_of(checkpoint, format=format, memory_bytes=memory_bytes, threads=threads, context=context, kv=kv,
-                        activations=activations, batch=batch, slots=slots, cache=cache, progress=progress)
+        model = model_of(source if isinstance(source, Checkpoint) else opened(), format=format,
+                         memory_bytes=memory_bytes, threads=threads, context=context, kv=kv, activations=activations,
+                         batch=batch, slots=slots, cache=cache, progress=progress)
+    model.packed.map_now()
+    return model
 
 
 @contextmanager
@@ -109,11 +113,12 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads, most=most)
 
     key = files_key(checkpoint.files) if cache and checkpoint.files and format is None else None
-    read_ahead(recipes, key)
+    fetched = read_ahead(recipes, key)
     # Before the weights are there: building a tokenizer takes several times what it keeps.
     tokenizer: Tokenizer | None = tokenizer_of(checkpoint) if "tokenizer" in checkpoint.metadata else None
     template = None if tokenizer is None or plan.kind != "decoder" else chat_template_of(checkpoint, tokenizer)
     plan = for_context(plan, context)
+    fetched()
     packed = pack_all(recipes, key=key, progress=progress)
     model = build_model(plan, packed, names)
     with native_errors():

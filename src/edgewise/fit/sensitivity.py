@@ -19,7 +19,7 @@ from edgewise.core.storage import QuantizedTensor
 from edgewise.engine.archs import plan_of
 from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.loading import model_of
-from edgewise.engine.packing import PackedWeights, pack_all, pack_one, recipe_of, unique
+from edgewise.engine.packing import pack_all, pack_one, recipe_of, unique
 from edgewise.engine.plan import Linear, layer_with
 from edgewise.fit.candidates import Candidate, TensorGroup
 from edgewise.fit.rounding import quantised
@@ -165,7 +165,7 @@ class Bench:
         plan = self.plan
         plan = replace(plan, layers=tuple(layer_with(layer, running) for layer in plan.layers),
                        head=None if plan.head is None else running(plan.head))
-        model = build_model(plan, PackedWeights(matrices, self._packed.nbytes, self._packed.cached), self._names)
+        model = build_model(plan, replace(self._packed, matrices=matrices), self._names)
         return _core.Session(model, kv or self.kv, tokens, 1, self.threads, tokens)
 
     def packed(self, group: TensorGroup, candidate: Candidate, importance: Importance) -> dict[str, Any]:
