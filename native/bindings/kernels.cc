@@ -197,6 +197,11 @@ void bind_kernels(nb::module_& m) {
         "y (tokens, rows) = x (tokens, cols) W^T by the kernel of a tier; int8: inputs of quantised weights are rounded");
   m.def("apply_rows", &apply_rows, nb::arg("name"), nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("eps"), nb::arg("y"), nb::arg("tier"),
         "rms_norm, layer_norm, silu, gelu, gelu_tanh or relu of each row, by a tier's kernel");
+  m.def("highest", [](Vector<float> x, const std::string& tier) { return kernels(tier_of(tier)).rows.highest(x.data(), x.size()); },
+        nb::arg("x"), nb::arg("tier"), "where the highest value is, by a tier's kernel");
+  m.def("sum_of_exponentials", [](Vector<float> x, float peak, const std::string& tier) {
+          return kernels(tier_of(tier)).rows.sum_of_exponentials(x.data(), peak, x.size());
+        }, nb::arg("x"), nb::arg("peak"), nb::arg("tier"), "sum of e^(x - peak), by a tier's kernel");
   m.def("quantised_kernels", [] {
           std::vector<std::string> names;
 #define EDGEWISE_MATMUL(bits, kind, nested, halves) names.emplace_back(#bits " " #kind " " #nested " " #halves);

@@ -28,6 +28,7 @@ void Sampler::observe(int32_t token) {
 }
 
 Choice Sampler::sample(const float* logits, size_t vocab) {
+  const RowKernels& rows = kernels(tier_in_use()).rows;
   const float* scores = logits;
   if (config_.repetition_penalty != 1.0f && !recent_.empty()) {
     adjusted_.assign(logits, logits + vocab);
@@ -43,11 +44,11 @@ Choice Sampler::sample(const float* logits, size_t vocab) {
 
   Choice choice;
   if (config_.temperature <= 0) {
-    choice.token = static_cast<int32_t>(std::max_element(scores, scores + vocab) - scores);
+    choice.token = static_cast<int32_t>(rows.highest(scores, vocab));
   } else {
     auto better = [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; };
     // Relative to the best one, so that a temperature near zero cannot overflow: the best is 0, and others are below.
-    const float peak = *std::max_element(scores, scores + vocab);
+    const float peak = scores[rows.highest(scores, vocab)];
     candidates_.resize(vocab);
     for (size_t i = 0; i < vocab; ++i)
       candidates_[i] = {scores[i] == peak ? 0.0f : (scores[i] - peak) / config_.temperature, static_cast<int32_t>(i)};
@@ -87,8 +88,9 @@ Choice Sampler::sample(const float* logits, size_t vocab) {
   }
 
   // A step of decoding waits for this, so single precision has to do: about 1e-6 of a nat.
-  const float peak = *std::max_element(logits, logits + vocab);
-  const double norm = peak + std::log(kernels(tier_in_use()).rows.sum_of_exponentials(logits, peak, vocab));
+  const bool greedy = scores == logits && config_.temperature <= 0;
+  const float peak = logits[greedy ? static_cast<size_t>(choice.token) : rows.highest(logits, vocab)];
+  const double norm = peak + std::log(rows.sum_of_exponentials(logits, peak, vocab));
   choice.logprob = static_cast<float>(logits[choice.token] - norm);
   if (config_.logprobs > 0) {
     const size_t n = std::min(config_.logprobs, vocab);

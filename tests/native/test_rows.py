@@ -119,3 +119,27 @@ def test_functions_far_out(name):
     assert (found[0, :4] == x[0, :4]).all()
     assert (np.abs(found[0, 4:8]) <= np.abs(x[0, 4:8]) * 1e-37).all()
     assert found[0, 8] == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 63, 64, 65, 1023, 1024, 1025, 5000])
+def test_the_highest_is_the_first_of_equal_ones(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        x = rng.integers(-50, 50, n).astype(np.float32)  # many are equal
+        x[rng.random(n) < 0.1] = np.nan
+        expected = 0 if np.isnan(x).all() else int(np.nanargmax(x))
+        assert {kernels.highest(x, tier) for tier in TIERS} == {expected}
+
+
+@pytest.mark.parametrize("fill", [np.nan, -np.inf])
+def test_without_a_number_the_highest_is_the_first(fill: float) -> None:
+    assert {kernels.highest(np.full(100, fill, np.float32), tier) for tier in TIERS} == {0}
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 63, 64, 65, 100, 127, 49152])
+def test_sums_of_exponentials(n: int) -> None:
+    x = np.random.default_rng(n).normal(0, 4, n).astype(np.float32)
+    peak = float(x.max())
+    found = {kernels.sum_of_exponentials(x, peak, tier) for tier in TIERS}
+    assert len(found) == 1
+    assert math.isclose(found.pop(), np.exp(x.astype(np.float64) - peak).sum(), rel_tol=2e-6)

@@ -74,6 +74,8 @@ struct RowKernels {
   // One token into its slot of x: cols floats, padded with zeros.
   void (*quantise)(const float* row, Activations& x, size_t token);
   void (*place)(const float* row, Activations& x, size_t token);
+  // Where the highest of n values is, the first of equal ones; NaN is passed over, and without any number it is 0.
+  size_t (*highest)(const float* x, size_t n);
   // Sum of e^(x - peak) over n values, peak their maximum.
   float (*sum_of_exponentials)(const float* x, float peak, size_t n);
 };

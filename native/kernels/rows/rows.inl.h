@@ -91,17 +91,46 @@ void place(const float* row, Activations& x, size_t token) {
   }
 }
 
+// The first of the highest values; what is no number is passed over.
+size_t highest(const float* x, size_t n) {
+  constexpr size_t kStretch = 64 * kLanes;
+  size_t at = 0;
+  float best = -__builtin_inff();
+  for (size_t from = 0; from < n; from += kStretch) {  // the highest of a stretch by lanes, its place only where it counts
+    const size_t end = from + kStretch < n ? from + kStretch : n;
+    Floats tops[4];
+    for (Floats& top : tops) top = set1(-__builtin_inff());
+    size_t i = from;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes)
+#pragma GCC unroll 4
+      for (size_t k = 0; k < 4; ++k) tops[k] = max(load(x + i + k * kLanes), tops[k]);
+    float top = reduce_max(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+    for (; i < end; ++i)
+      if (x[i] > top) top = x[i];
+    if (!(top > best)) continue;
+    best = top;
+    at = from;
+    while (x[at] != best) ++at;
+  }
+  return at;
+}
+
 float sum_of_exponentials(const float* x, float peak, size_t n) {
   const Floats top = set1(peak);
-  Floats total = zero();
-  for (size_t i = 0; i < n; i += kLanes) {
+  Floats totals[4];  // four chains of additions, so that they do not wait for one another
+  for (Floats& total : totals) total = zero();
+  size_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+#pragma GCC unroll 4
+    for (size_t k = 0; k < 4; ++k) totals[k] = add(totals[k], exponential(sub(load(x + i + k * kLanes), top)));
+  for (size_t k = 0; i < n; i += kLanes, ++k) {
     Floats e = exponential(sub(load_tail(x + i, n - i), top));
     if (n - i < kLanes) e = first(static_cast<int>(n - i), e, zero());
-    total = add(total, e);
+    totals[k] = add(totals[k], e);
   }
-  return reduce_add(total);
+  return reduce_add(add(add(totals[0], totals[1]), add(totals[2], totals[3])));
 }
 
 }  // namespace
 
-RowKernels row_kernels() { return {&rms_norm, &layer_norm, &add_rows, &gate_rows, &quantise, &place, &sum_of_exponentials}; }
+RowKernels row_kernels() { return {&rms_norm, &layer_norm, &add_rows, &gate_rows, &quantise, &place, &highest, &sum_of_exponentials}; }

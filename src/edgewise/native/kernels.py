@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["KernelLine", "Packed", "layer_norm", "matmul", "pack_blocks", "pack_codes", "pack_floats",
-           "pointwise", "quantised_kernels", "rms_norm"]
+__all__ = ["KernelLine", "Packed", "highest", "layer_norm", "matmul", "pack_blocks", "pack_codes", "pack_floats",
+           "pointwise", "quantised_kernels", "rms_norm", "sum_of_exponentials"]
 
 Float32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -102,6 +102,16 @@ def layer_norm(x: Float32, weight: Float32 | None, bias: Float32 | None, eps: fl
 def pointwise(function: str, x: Float32, tier: str) -> Float32:
     """silu, gelu, gelu_tanh or relu of every value of x (rows, n)."""
     return _rows(function, x, None, None, 0.0, tier)
+
+
+def highest(x: Float32, tier: str) -> int:
+    """Where the highest value of x (n,) is, the first of equal ones; NaN is passed over, and without any number it is 0."""
+    return cast("int", _core.highest(np.ascontiguousarray(x), tier))
+
+
+def sum_of_exponentials(x: Float32, peak: float, tier: str) -> float:
+    """Sum of e^(x - peak) over x (n,)."""
+    return cast("float", _core.sum_of_exponentials(np.ascontiguousarray(x), peak, tier))
 
 
 def _rows(name: str, x: Float32, weight: Float32 | None, bias: Float32 | None, eps: float, tier: str) -> Float32:
