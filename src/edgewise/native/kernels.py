@@ -105,7 +105,7 @@ def pointwise(function: str, x: Float32, tier: str) -> Float32:
 
 
 def highest(x: Float32, tier: str) -> int:
-    """Where the highest value of x (n,) is, the first of equal ones; NaN is passed over, and without any number it is 0."""
+    """Where the highest of x (n,) is, the first of equal ones; NaN is passed over, and without any number it is 0."""
     return cast("int", _core.highest(np.ascontiguousarray(x), tier))
 
 
