@@ -88,7 +88,7 @@ void Session::attend_across(const Cross& cross, size_t index, size_t thread) {
                                     return buffer;
                                   });
     const Work work = {&cross.q, k.cross_q, q_.floats(), q_stride_, false};
-    multiply(thread, kUnplanned, &work, 1, inputs, count_);
+    multiply(thread, phase_of(index, kCrossQueries), &work, 1, inputs, count_);
   }
   const CrossKv& kv = cross_[index];
   attend_rows(
@@ -106,7 +106,7 @@ void Session::attend_across(const Cross& cross, size_t index, size_t thread) {
   const Inputs inputs = prepare(thread, cross.o.cols(), count_, cross.o.int8_inputs(), !cross.o.int8_inputs(), Site::CrossOutput,
                                 [&](size_t token, float*) { return attention_.floats() + token * q_stride_; });
   const Work work = {&cross.o, k.cross_o, x_.floats(), hidden_stride_, true};
-  multiply(thread, kUnplanned, &work, 1, inputs, count_);
+  multiply(thread, phase_of(index, kCrossOut), &work, 1, inputs, count_);
 }
 
 }  // namespace edgewise

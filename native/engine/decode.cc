@@ -38,6 +38,10 @@ void Session::plan_weights(size_t thread) {
     const Layer& layer = model_->layers[i];
     in_turn(phase_of(i, kQueriesKeysValues), {&layer.q, &layer.k, &layer.v});
     in_turn(phase_of(i, kOut), {&layer.o});
+    if (layer.cross) {
+      in_turn(phase_of(i, kCrossQueries), {&layer.cross->q});
+      in_turn(phase_of(i, kCrossOut), {&layer.cross->o});
+    }
     if (layer.experts) continue;  // which ones is not known beforehand
     const auto [from, to] = Pool::stretch(layer.up.weight.panels(), thread, threads);
     for (size_t panel = from; panel < to; panel += kPairs)

@@ -8,7 +8,7 @@
 namespace edgewise {
 
 // The phases of a layer that read weights or keys and values; the head is the first phase after the last layer.
-enum Phase : size_t { kQueriesKeysValues, kAttend, kOut, kGateAndUp, kDown, kPhases, kHead = 0 };
+enum Phase : size_t { kQueriesKeysValues, kAttend, kOut, kCrossQueries, kCrossOut, kGateAndUp, kDown, kPhases, kHead = 0 };
 inline constexpr size_t kUnplanned = SIZE_MAX;  // a phase whose weights are known only when it begins
 
 inline size_t phase_of(size_t layer, Phase phase) { return layer * kPhases + phase; }
