@@ -225,12 +225,28 @@ void bind_engine(nb::module_& m) {
              return s.sample(logits.data(), logits.size());
            }, "logits"_a);
 
+  nb::class_<Tuning>(m, "Tuning", "What changes speed and no answer; see tuning.h")
+      .def("__init__", [](Tuning* self, size_t runs_per_thread, size_t ahead_nbytes, size_t farthest_nbytes, int spins_before_yield,
+                          int spins_before_sleep) {
+             if (runs_per_thread < 1 || spins_before_yield < 0 || spins_before_sleep < 0)
+               throw std::invalid_argument("a tuning has at least one run per thread and no negative number of spins");
+             new (self) Tuning{runs_per_thread, ahead_nbytes, farthest_nbytes, spins_before_yield, spins_before_sleep};
+           }, "runs_per_thread"_a = Tuning{}.runs_per_thread, "ahead_nbytes"_a = Tuning{}.ahead_nbytes,
+           "farthest_nbytes"_a = Tuning{}.farthest_nbytes, "spins_before_yield"_a = Tuning{}.spins_before_yield,
+           "spins_before_sleep"_a = Tuning{}.spins_before_sleep)
+      .def_ro("runs_per_thread", &Tuning::runs_per_thread)
+      .def_ro("ahead_nbytes", &Tuning::ahead_nbytes)
+      .def_ro("farthest_nbytes", &Tuning::farthest_nbytes)
+      .def_ro("spins_before_yield", &Tuning::spins_before_yield)
+      .def_ro("spins_before_sleep", &Tuning::spins_before_sleep);
+
   nb::class_<Session>(m, "Session", "Runs a Model; see session.h")
       .def("__init__", [](Session* self, std::shared_ptr<const Model> model, const std::string& kv, size_t context, size_t slots, size_t threads, size_t batch,
-                          size_t source, const Session* beside) {
+                          size_t source, const Session* beside, const Tuning& tuning) {
              const KvType type = pick<KvType>("KV format", kv, {{"fp32", KvType::Float32}, {"fp16", KvType::Float16}, {"int8", KvType::Int8}, {"int4", KvType::Int4}});
-             new (self) Session(std::move(model), {type, context, slots, threads, batch, source}, beside);
-           }, "model"_a, "kv"_a, "context"_a, "slots"_a, "threads"_a, "batch"_a, "source"_a = 0, "beside"_a.none() = nb::none())
+             new (self) Session(std::move(model), {type, context, slots, threads, batch, source, tuning}, beside);
+           }, "model"_a, "kv"_a, "context"_a, "slots"_a, "threads"_a, "batch"_a, "source"_a = 0, "beside"_a.none() = nb::none(),
+           "tuning"_a = Tuning{})
       .def("set_source", [](Session& s, size_t slot, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> states) {
              nb::gil_scoped_release release;
              s.set_source(slot, states.data(), states.shape(0), states.shape(1));
@@ -292,6 +308,14 @@ void bind_engine(nb::module_& m) {
            })
       .def("length", &Session::length, "slot"_a)
       .def("truncate", &Session::truncate, "slot"_a, "length"_a)
+      .def("set_profile", &Session::set_profile, "on"_a, "Count from zero where the time goes, or stop counting")
+      .def("profile", [](const Session& s) {
+             static constexpr const char* kNames[] = {"embed", "inputs", "qkv", "attention", "out", "gate_up", "down", "experts", "cross",
+                                                      "head", "sampling", "wait", "other"};
+             nb::dict seconds;
+             for (size_t i = 0; i < s.profile().size(); ++i) seconds[kNames[i]] = s.profile()[i];
+             return seconds;
+           }, "Seconds by operator, as the calling thread spends them")
       .def("set_capture", &Session::set_capture, "on"_a)
       .def("captured", [](Session& s, const std::string& site) {
              const auto& values = s.captured(pick<Site>("site", site, {{"attention", Site::Attention}, {"output", Site::Output}, {"feed_forward", Site::FeedForward}, {"down", Site::Down},

@@ -50,6 +50,8 @@ void Session::set_source(size_t slot, const float* states, size_t n, size_t widt
       throw std::invalid_argument("states have " + std::to_string(width) + " values; cross-attention reads " +
                                   std::to_string(layer.cross->k.cols()));
   source_lengths_[slot] = 0;
+  const Profile::Counting counting(profile_);
+  profile_.unplanned = Operator::Cross;
   pool_.run([&](size_t thread) {
     for (size_t index = 0; index < model_->layers.size(); ++index)
       if (model_->layers[index].cross)
@@ -81,6 +83,7 @@ void Session::store_source(const Cross& cross, size_t index, size_t slot, const 
 
 void Session::attend_across(const Cross& cross, size_t index, size_t thread) {
   const LayerKernels& k = layer_kernels_[index];
+  if (thread == 0) profile_.unplanned = Operator::Cross;
   {
     const Inputs inputs = prepare(thread, model_->hidden, count_, cross.q.int8_inputs(), !cross.q.int8_inputs(), Site::Cross,
                                   [&](size_t token, float* buffer) -> const float* {
@@ -91,6 +94,7 @@ void Session::attend_across(const Cross& cross, size_t index, size_t thread) {
     multiply(thread, phase_of(index, kCrossQueries), &work, 1, inputs, count_);
   }
   const CrossKv& kv = cross_[index];
+  mark(thread, Operator::Cross);
   attend_rows(
       thread, {kv.layout, cross.heads, cross.kv_heads, cross.scale, nullptr},
       [&](size_t slot, size_t head, const uint8_t*& values) {

@@ -235,6 +235,7 @@ void Session::feed_groups(const Experts& experts, const LayerKernels& k) {
 void Session::feed_experts(const Layer& layer, const LayerKernels& k, size_t thread) {
   const Experts& experts = *layer.experts;
   const bool own = count_ == 1;
+  if (thread == 0) profile_.unplanned = Operator::Experts;
   auto routes = [&](bool int8) {
     return experts.router.int8_inputs() == int8 || (experts.shared_gate.present() && experts.shared_gate.int8_inputs() == int8);
   };

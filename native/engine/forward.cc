@@ -10,6 +10,7 @@ namespace edgewise {
 
 void Session::embed(size_t thread) {
   const Model& m = *model_;
+  mark(thread, Operator::Embed);
   for (size_t t; (t = pool_.take(1)) < count_;) {
     float* row = x_.floats() + t * hidden_stride_;
     unpack_row(m.embedding.weight, static_cast<size_t>(tokens_[t]), row);
@@ -21,18 +22,18 @@ void Session::embed(size_t thread) {
                         m.hidden, row);
     apply_norm(kernels_, m.embedding_norm, row, m.hidden, row);
   }
-  (void)thread;
   pool_.barrier();
 }
 
 void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens) {
+  if (thread == 0 && profile_.on()) profile_.mark(operator_of(phase));
   if (tokens == 1 && count_ == 1 && phase != kUnplanned) {
     multiply_one(thread, phase, works, n, inputs);
     return wait(thread);
   }
   size_t total = 0;
   for (size_t i = 0; i < n; ++i) total += works[i].linear->weight.panels();
-  const Runs runs(total, config_.threads, tokens);
+  const Runs runs(total, config_.threads, tokens, config_.tuning.runs_per_thread);
   for (size_t run; (run = pool_.take(1)) < runs.count;) {
     const size_t from = runs.first(run), to = std::min(total, runs.first(run + 1));
     size_t base = 0;
@@ -53,12 +54,13 @@ void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n,
 }
 
 void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase) {
+  mark(thread, Operator::GateUp);
   if (count_ == 1) {
     gate_and_up_one(layer, k, inputs, thread, phase);
     return wait(thread);
   }
   const size_t panels = layer.up.weight.panels(), tokens = count_;
-  const Runs runs(panels, config_.threads, tokens);
+  const Runs runs(panels, config_.threads, tokens, config_.tuning.runs_per_thread);
   const Activations& x_up = layer.up.int8_inputs() ? inputs.int8 : inputs.floats;
   const Activations& x_gate = layer.gate.present() && layer.gate.int8_inputs() ? inputs.int8 : inputs.floats;
   float gate[kLanes * kMostPanels * kLanes];
@@ -78,7 +80,7 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
 }
 
 void Session::norm_rows(const Norm& norm, size_t thread) {
-  (void)thread;
+  mark(thread, Operator::Inputs);
   for (size_t t; (t = pool_.take(1)) < count_;) {
     float* row = x_.floats() + t * hidden_stride_;
     apply_norm(kernels_, norm, row, model_->hidden, row);
@@ -94,6 +96,14 @@ void Session::add_normed(const Norm& norm) {
     kernels_.rows.add(row, model_->hidden, x_.floats() + t * hidden_stride_);
   }
   pool_.barrier();
+}
+
+// The operator that a phase's linears are.
+Operator Session::operator_of(size_t phase) const {
+  if (phase == kUnplanned) return profile_.unplanned;
+  if (phase >= model_->layers.size() * kPhases) return Operator::Head;
+  const size_t which = phase % kPhases;
+  return which == kQueriesKeysValues ? Operator::Qkv : which == kOut ? Operator::Out : Operator::Down;
 }
 
 void Session::run_layer(size_t index, size_t thread) {
@@ -123,6 +133,7 @@ void Session::run_layer(size_t index, size_t thread) {
                           {&layer.v, k.v, v_.floats(), kv_stride_, false}};
     multiply(thread, phase_of(index, kQueriesKeysValues), works, 3, inputs, count_);
   }
+  mark(thread, Operator::Attention);
   if (splits_chunks(layer))
     attend_one(layer, index, thread);
   else

@@ -25,10 +25,10 @@ inline size_t panels_at_once(size_t panels, size_t threads, size_t tokens) {
 // two panels at a time.
 struct Runs {
   size_t pairs, count;
-  Runs(size_t panels, size_t threads, size_t tokens) : pairs((panels + 1) / 2) {
+  Runs(size_t panels, size_t threads, size_t tokens, size_t per_thread) : pairs((panels + 1) / 2) {
     const size_t fewest = (panels + kMostPanels / 2 - 1) / (kMostPanels / 2);
     count = tokens == 1 ? (panels + panels_at_once(panels, threads, 1) - 1) / panels_at_once(panels, threads, 1)
-                        : std::max(fewest, 8 * threads);
+                        : std::max(fewest, per_thread * threads);
     count = std::clamp<size_t>(count, 1, pairs);
   }
   size_t first(size_t run) const { return pairs * run / count * 2; }
@@ -49,6 +49,7 @@ inline void apply_norm(const Kernels& kernels, const Norm& norm, const float* x,
 // share the rows. row(token, buffer) gives the token's input, in place or in the buffer.
 template <class Row>
 Session::Inputs Session::prepare(size_t thread, size_t cols, size_t tokens, bool int8, bool floats, Site site, Row row) {
+  mark(thread, Operator::Inputs);
   Inputs inputs;
   const bool own = tokens == 1;
   uint8_t* buffer = own ? thread_inputs_[thread].data() : shared_inputs_.data();

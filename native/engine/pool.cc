@@ -12,7 +12,6 @@ namespace edgewise {
 
 namespace {
 
-constexpr int kSpinsBeforeSleep = 200'000;
 constexpr uint64_t kStop = 0;  // threads in use, in the last epoch of all
 
 // How often this thread has lost its core to another so far.
@@ -61,7 +60,7 @@ void Governor::observe(std::chrono::nanoseconds elapsed, long switches) {
   switches_ = 0;
 }
 
-Pool::Pool(size_t threads) : threads_(threads), governor_(threads), stretches_(threads) {
+Pool::Pool(size_t threads, const Tuning& tuning) : threads_(threads), tuning_(tuning), governor_(threads), stretches_(threads) {
   for (size_t i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
@@ -72,7 +71,7 @@ Pool::~Pool() {
 }
 
 uint64_t Pool::wait_for_epoch(uint64_t seen) {
-  for (int spins = 0; spins < kSpinsBeforeSleep; ++spins) {
+  for (int spins = 0; spins < tuning_.spins_before_sleep; ++spins) {
     const uint64_t now = epoch_.load(std::memory_order_acquire);
     if (now != seen) return now;
     pause();
@@ -98,6 +97,7 @@ void Pool::run(const std::function<void(size_t)>& body) {
   const auto started = std::chrono::steady_clock::now();
   governor_.pass(started - ended_);
   body_ = &body;
+  if (timed_) caller_ = std::this_thread::get_id();
   in_use_ = governor_.limit();
   next_.store(0, std::memory_order_relaxed);
   switches_.store(0, std::memory_order_relaxed);

@@ -45,7 +45,8 @@ MatmulKernel Session::kernel_for(const Linear& linear) const {
 
 Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config, const Session* beside)
     : model_(std::move(model)), config_(config), kernels_(kernels(tier_in_use())),
-      threads_(beside != nullptr ? beside->threads_ : std::make_shared<Pool>(std::max<size_t>(config.threads, 1))), pool_(*threads_) {
+      threads_(beside != nullptr ? beside->threads_ : std::make_shared<Pool>(std::max<size_t>(config.threads, 1), config.tuning)),
+      pool_(*threads_), profile_(pool_) {
   const Model& m = *model_;
   config_.threads = pool_.threads();
   config_.context = std::max<size_t>(config.context, 1);
@@ -132,6 +133,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     logits_ = Pages(logits_rows_ * logits_stride_ * 4);
   }
   reads_.resize(config_.threads);
+  for (Reads& reads : reads_) reads.ahead.limit(config_.tuning);
   lengths_.assign(config_.slots, 0);
   source_lengths_.assign(config_.slots, 0);
   cosine_.resize(m.ropes.size());
@@ -217,6 +219,7 @@ void Session::begin(const int32_t* tokens, const int32_t* slots, size_t count) {
   for (size_t s = 0; s < config_.slots; ++s) ends_[s] = static_cast<int32_t>(lengths_[s]);
   have_logits_ = false;
   pending_ = -1;
+  const Profile::Counting counting(profile_);
   ensure_rope(highest);
   pool_.run([this](size_t thread) { embed(thread); });
 }
@@ -225,6 +228,7 @@ void Session::run_layers(size_t first, size_t last) {
   if (first > last || last > model_->layers.size())
     throw std::invalid_argument("layers " + std::to_string(first) + " to " + std::to_string(last) + " of " +
                                 std::to_string(model_->layers.size()));
+  const Profile::Counting counting(profile_);
   pool_.run([=, this](size_t thread) {
     plan_reads(thread);
     for (size_t layer = first; layer < last; ++layer) run_layer(layer, thread);
@@ -242,6 +246,7 @@ void Session::each_logits(const int32_t* rows, size_t n, Consume consume) {
   for (size_t i = 0; i < n; ++i)
     if (rows[i] < 0 || static_cast<size_t>(rows[i]) >= count_)
       throw std::invalid_argument("row " + std::to_string(rows[i]) + " of a pass of " + std::to_string(count_) + " tokens");
+  const Profile::Counting counting(profile_);
   for (size_t done = 0; done < n; done += logits_rows_) {
     const size_t part = std::min(logits_rows_, n - done);
     pool_.run([&](size_t thread) {
@@ -273,6 +278,7 @@ void Session::prefill(size_t slot, const int32_t* tokens, size_t n) {
                           std::to_string(config_.context));
   const std::vector<int32_t> slots(std::min(n, config_.batch), static_cast<int32_t>(slot));
   for (size_t done = 0; done < n; done += config_.batch) forward(tokens + done, slots.data(), std::min(config_.batch, n - done));
+  const Profile::Counting counting(profile_);
   const int32_t last = static_cast<int32_t>(count_ - 1);
   last_logits_.resize(model_->vocab);
   logits(&last, 1, last_logits_.data());
@@ -281,13 +287,16 @@ void Session::prefill(size_t slot, const int32_t* tokens, size_t n) {
 
 std::vector<Choice> Session::generate(size_t slot, Sampler& sampler, size_t n, const std::vector<int32_t>& stop) {
   std::vector<Choice> choices;
+  const Profile::Counting counting(profile_);
   while (choices.size() < n) {
     if (pending_ >= 0) {  // the token sampled last is fed only when another is wanted
       const int32_t token = pending_;
       prefill(slot, &token, 1);
     }
     if (!have_logits_) throw std::invalid_argument("generate() continues a prompt: call prefill() first");
+    mark(0, Operator::Sampling);
     choices.push_back(sampler.sample(last_logits_.data(), model_->vocab));
+    mark(0, Operator::Other);
     pending_ = choices.back().token;
     if (std::find(stop.begin(), stop.end(), pending_) != stop.end()) break;
   }

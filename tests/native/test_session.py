@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 
 import numpy as np
@@ -12,6 +13,7 @@ from reference import forward
 
 from edgewise.core.errors import InvalidValueError
 from edgewise.engine.loading import session_of
+from edgewise.engine.tuning import Tuning
 from edgewise.native import _core
 
 PLAN = decoder(layers=3)
@@ -250,3 +252,89 @@ def test_packed_bytes_live_as_long_as_the_model():
     del linear
     gc.collect()
     assert alive() is None
+
+
+TUNINGS = [{"runs_per_thread": 1}, {"runs_per_thread": 64}, {"ahead_nbytes": 0, "farthest_nbytes": 0},
+           {"ahead_nbytes": 1 << 16, "farthest_nbytes": 1 << 20}, {"spins_before_yield": 0, "spins_before_sleep": 0}]
+
+
+@pytest.mark.parametrize("settings", TUNINGS, ids=str)
+def test_a_tuning_changes_no_bit(settings):
+    plan = decoder(layers=3, forms={"all": "Q4_1", "head": "Q8_0"}, hidden=64, ffn=320)
+    ids = ids_for(plan, 40)
+    expected = session_of(plan, context=80)
+    whole = logits(expected, ids)
+    expected.truncate(0, 0)
+    expected.prefill(0, ids[:1])
+    tokens = [choice.token for choice in expected.generate(0, _core.Sampler(), 30, [])]
+    for threads in (1, 3):
+        session = session_of(plan, context=80, threads=threads, tuning=Tuning(**settings))
+        assert np.array_equal(logits(session, ids), whole)
+        session.truncate(0, 0)
+        session.prefill(0, ids[:1])
+        assert [choice.token for choice in session.generate(0, _core.Sampler(), 30, [])] == tokens
+
+
+def test_a_tuning_is_checked():
+    assert _core.Tuning(runs_per_thread=3).runs_per_thread == 3
+    assert _core.Tuning().spins_before_yield == 20_000
+    for wrong in ({"runs_per_thread": 0}, {"spins_before_sleep": -1}):
+        with pytest.raises(ValueError, match="at least one run per thread"):
+            _core.Tuning(**wrong)
+
+
+class TestProfile:
+    def work(self, session):
+        session.truncate(0, 0)
+        session.prefill(0, IDS)
+        session.truncate(0, 5)
+        session.prefill(0, IDS[5:6])
+        return [choice.token for choice in session.generate(0, _core.Sampler(), 20, [])], session.last_logits()
+
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_it_changes_no_bit(self, threads):
+        session = made(threads=threads)
+        tokens, last = self.work(session)
+        session.set_profile(True)
+        for _ in range(2):
+            found, again = self.work(session)
+            assert found == tokens
+            assert np.array_equal(again, last)
+        assert session.profile()["down"] > 0
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_the_parts_are_of_the_calls_and_of_nothing_else(self, threads):
+        session = made(threads=threads)
+        session.set_profile(True)
+        started = time.perf_counter()
+        self.work(session)
+        wall = time.perf_counter() - started
+        time.sleep(0.05)  # between calls nothing is counted
+        parts = session.profile()
+        for name in ("embed", "inputs", "qkv", "attention", "out", "gate_up", "down", "head", "sampling", "other"):
+            assert parts.pop(name) > 0, name
+        waited = parts.pop("wait")
+        assert (waited == 0) if threads == 1 else (waited >= 0)  # the other thread may be late, or rest
+        assert parts == {"experts": 0, "cross": 0}
+        assert sum(session.profile().values()) <= wall
+
+    def test_it_starts_at_zero_and_stops(self):
+        session = made()
+        self.work(session)
+        assert sum(session.profile().values()) == 0
+        session.set_profile(True)
+        self.work(session)
+        session.set_profile(False)
+        assert sum(session.profile().values()) == 0
+        self.work(session)
+        assert sum(session.profile().values()) == 0
+
+    def test_layer_by_layer(self):
+        session = made()
+        session.set_profile(True)
+        session.begin(IDS, ZEROS[:40])
+        assert {name for name, seconds in session.profile().items() if seconds} <= {"embed", "other", "wait"}
+        session.run_layers(0, 1)
+        parts = session.profile()
+        assert parts["qkv"] > 0
+        assert parts["head"] == parts["sampling"] == 0

@@ -8,11 +8,17 @@
 #include <vector>
 
 #include "edgewise/kernels.h"
+#include "edgewise/tuning.h"
 
 namespace edgewise {
 
 class ReadAhead {
  public:
+  // How far ahead; see tuning.h.
+  void limit(const Tuning& tuning) {
+    nearest_ = tuning.ahead_nbytes;
+    farthest_ = tuning.farthest_nbytes;
+  }
   // Forgets everything and takes that many phases, each of them empty.
   void reset(size_t phases) {
     phases_.assign(phases, {});
@@ -40,9 +46,9 @@ class ReadAhead {
 
   // What to fetch while the next nbytes in order, which lie at p, are read.
   Ahead over(const uint8_t* p, size_t nbytes) {
-    const size_t from = std::max(fetched_, position_ + Ahead::kDistance);
+    const size_t from = std::max(fetched_, position_ + nearest_);
     position_ += nbytes;
-    if (total_ == 0 || from > position_ + kFarthest) return {nullptr, 0, 0};
+    if (total_ == 0 || from > position_ + farthest_) return {nullptr, 0, 0};
     const size_t offset = find(from);
     const Stretch& stretch = at();
     fetched_ = from + nbytes;
@@ -57,7 +63,7 @@ class ReadAhead {
   void fetch(size_t nbytes) {
     if (total_ == 0) return;
     fetched_ = std::max(fetched_, position_);
-    for (const size_t end = std::min(fetched_ + nbytes, position_ + kFarthest); fetched_ < end;) {
+    for (const size_t end = std::min(fetched_ + nbytes, position_ + farthest_); fetched_ < end;) {
       const size_t offset = find(fetched_), n = std::min(end - fetched_, at().end - offset);
       for (size_t i = 0; i < n; i += 64) __builtin_prefetch(at().data + (offset - at().start) + i, 0, 2);
       fetched_ += n;
@@ -66,9 +72,6 @@ class ReadAhead {
 
   // Bytes that are fetched but not read yet.
   size_t lead() const { return fetched_ > position_ ? fetched_ - position_ : 0; }
-
-  // Well within the second-level cache of one core.
-  static constexpr size_t kFarthest = 128 << 10;
 
  private:
   struct Stretch {
@@ -105,6 +108,7 @@ class ReadAhead {
   }
 
   std::vector<Phase> phases_;
+  size_t nearest_ = Tuning{}.ahead_nbytes, farthest_ = Tuning{}.farthest_nbytes;
   size_t total_ = 0, position_ = 0, fetched_ = 0, phase_ = 0, stretch_ = 0;
 };
 

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "edgewise/tuning.h"
+
 namespace edgewise {
 
 // How many threads to use while others want the processor too. A thread that loses its core in the middle of a phase
@@ -35,7 +37,7 @@ class Governor {
 
 class Pool {
  public:
-  explicit Pool(size_t threads);
+  explicit Pool(size_t threads, const Tuning& tuning = {});
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -46,6 +48,10 @@ class Pool {
   void run(const std::function<void(size_t)>& body);
 
   size_t in_use() const { return in_use_; }
+
+  // How long the thread that calls run() has waited at barriers, while that is timed.
+  void time_waits(bool on) { timed_ = on; }
+  std::chrono::nanoseconds waited() const { return waited_; }
 
   // Inside body: waits for all threads in use, and starts the item counter of the next phase at zero. idle() is called
   // over and over meanwhile.
@@ -78,7 +84,11 @@ class Pool {
   uint64_t wait_for_epoch(uint64_t seen);
 
   size_t threads_;
+  Tuning tuning_;
   Governor governor_;
+  bool timed_ = false;
+  std::thread::id caller_{};
+  std::chrono::nanoseconds waited_{0};
   std::vector<std::thread> workers_;
   std::vector<Stretch> stretches_;
   const std::function<void(size_t)>* body_ = nullptr;
@@ -98,6 +108,8 @@ void Pool::barrier(Idle idle) {
     next_.store(0, std::memory_order_relaxed);
     return;
   }
+  const bool timed = timed_ && std::this_thread::get_id() == caller_;
+  const auto started = timed ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
   const uint32_t generation = generation_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == in_use_) {
     arrived_.store(0, std::memory_order_relaxed);
@@ -105,16 +117,15 @@ void Pool::barrier(Idle idle) {
     generation_.store(generation + 1, std::memory_order_release);
     return;
   }
-  // A matrix of a small model takes tens of microseconds: waiting threads spin for that long before they give way.
-  constexpr int kSpinsBeforeYield = 20'000;
   for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins < kSpinsBeforeYield) {
+    if (spins < tuning_.spins_before_yield) {
       idle();
       pause();
     } else {
       std::this_thread::yield();
     }
   }
+  if (timed) waited_ += std::chrono::steady_clock::now() - started;
 }
 
 }  // namespace edgewise

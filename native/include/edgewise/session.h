@@ -8,6 +8,7 @@
 #include "edgewise/ahead.h"
 #include "edgewise/model.h"
 #include "edgewise/pool.h"
+#include "edgewise/profile.h"
 #include "edgewise/sampler.h"
 
 namespace edgewise {
@@ -40,6 +41,7 @@ struct SessionConfig {
   size_t threads = 1;
   size_t batch = 256;  // tokens in one pass
   size_t source = 0;   // states of an encoder per slot, for layers with cross-attention
+  Tuning tuning = {};
 };
 
 // Inputs of a layer's linears, kept when capture is on.
@@ -89,6 +91,10 @@ class Session {
   const SessionConfig& config() const { return config_; }
   const Model& model() const { return *model_; }
 
+  // Counts from zero where the time goes, or stops counting.
+  void set_profile(bool on) { profile_.turn(on); }
+  const Profile::Seconds& profile() const { return profile_.seconds(); }
+
   void set_capture(bool on) { capture_ = on; }
   // (count, cols) of the last layer run; empty when capture is off.
   const std::vector<float>& captured(Site site) const { return captured_[static_cast<size_t>(site)]; }
@@ -129,6 +135,10 @@ class Session {
     size_t offset = 0, key_nbytes = 0, value_nbytes = 0;  // of slot 0; of one head
   };
 
+  void mark(size_t thread, Operator now) {
+    if (thread == 0 && profile_.on()) profile_.mark(now);
+  }
+  Operator operator_of(size_t phase) const;
   MatmulKernel kernel_for(const Linear& linear) const;
   void embed(size_t thread);
   void run_layer(size_t index, size_t thread);
@@ -180,6 +190,7 @@ class Session {
   const Kernels& kernels_;
   std::shared_ptr<Pool> threads_;
   Pool& pool_;
+  Profile profile_;
   MatmulKernel head_kernel_ = nullptr;
   std::vector<LayerKernels> layer_kernels_;
 

@@ -176,6 +176,7 @@ def _answer(model: LanguageModel, text: str, system: str | None, raw: bool, opti
 def _described(model: LanguageModel) -> dict[str, Any]:
     memory = model.memory
     return {"tier": model.tier, "threads": int(model.session.threads), "context": model.context, "kv": model.kv,
+            "tuning": model.tuning.changed,
             "memory": {"weights_bytes": memory.weights_bytes, "kv_bytes": memory.kv_bytes,
                        "scratch_bytes": memory.scratch_bytes, "total_bytes": memory.total_bytes}}
 

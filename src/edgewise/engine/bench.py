@@ -196,7 +196,8 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
         session = model.session
         with native_errors():
             if count != counts[0]:
-                session = _core.Session(model.native, model.kv, model.context, 1, count, int(model.session.batch))
+                session = _core.Session(model.native, model.kv, model.context, 1, count, int(model.session.batch),
+                                        tuning=model.tuning.native)
             timings += [(count, timing) for timing in time_tests(
                 session, model.vocab, tests, repeats=repeats, warmup=warmup, seed=seed, meter=meter, encoder=encoder,
                 after=memory.look)]
@@ -215,7 +216,7 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
         Table("Tests", COLUMNS, tuple(rows))),
         environment={"model": checkpoint.source, "repeats": repeats, "warmup": warmup, "seed": seed,
                      "processor": native_probe.processor_name(), "tier": model.tier, "format": format,
-                     "batch": int(model.session.batch)})
+                     "batch": int(model.session.batch), "tuning": model.tuning.changed})
 
 
 def _tests(prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int], encoder: bool) -> list[BenchTest]:

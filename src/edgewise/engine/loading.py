@@ -23,6 +23,7 @@ from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel, native_errors
 from edgewise.engine.packing import Recipe, layout_of, pack_all, read_ahead, recipe_of, unique
 from edgewise.engine.plan import Activation, Experts, Layer, Linear, Plan, for_context, plan_with
+from edgewise.engine.tuning import Tuning, stored_tuning
 from edgewise.formats.cache import files_key
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.cores import usable_cores
@@ -38,7 +39,7 @@ SMALLEST_CONTEXT = 256
 def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None, memory_bytes: int | None = None,
          threads: int | None = None, context: int | None = None, kv: str | None = None, *,
          activations: Activation | None = None, batch: int | None = None,
-         slots: int = 1, cache: bool = True, offline: bool | None = None,
+         slots: int = 1, cache: bool = True, offline: bool | None = None, tuning: Tuning | None = None,
          progress: Progress | None = None) -> LanguageModel:
     """Open a model by path, short name, hub repository or wheel, ready to run.
 
@@ -49,7 +50,8 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     kv: "fp16" (default), "int8", "int4" or "fp32"; an encoder keeps float32. An encoder-decoder has `context` positions
     for the text and as many for the answer. slots: sequences held at a time.
     activations: "float32" runs quantised weights on float inputs, slower and without the rounding of "int8".
-    cache: map weights packed by an earlier start. Raises SourceError, FormatError, UnsupportedError, BudgetError.
+    cache: map weights packed by an earlier start. tuning: by default what this machine was tuned to.
+    Raises SourceError, FormatError, UnsupportedError, BudgetError.
     """
     def opened() -> Checkpoint:
         return open_checkpoint(os.fspath(source), offline=offline, progress=progress)
@@ -57,7 +59,7 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     with _uncollected():
         model = model_of(source if isinstance(source, Checkpoint) else opened(), format=format,
                          memory_bytes=memory_bytes, threads=threads, context=context, kv=kv, activations=activations,
-                         batch=batch, slots=slots, cache=cache, progress=progress)
+                         batch=batch, slots=slots, cache=cache, tuning=tuning, progress=progress)
     model.packed.map_now()
     return model
 
@@ -78,7 +80,7 @@ def _uncollected() -> Iterator[None]:
 def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None, memory_bytes: int | None = None,
              threads: int | None = None, context: int | None = None, kv: str | None = None,
              activations: Activation | None = None, batch: int | None = None, slots: int = 1, cache: bool = True,
-             progress: Progress | None = None) -> LanguageModel:
+             tuning: Tuning | None = None, progress: Progress | None = None) -> LanguageModel:
     """As `load`, from a Checkpoint at hand."""
     if threads is not None and not 1 <= threads <= 256:
         raise InvalidValueError(f"threads is 1 to 256; given {threads}")
@@ -86,7 +88,8 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
         raise InvalidValueError(f"a model holds at least one sequence; given slots={slots}")
     if context is not None and context < 1:
         raise InvalidValueError(f"a context has at least one position; given {context}")
-    threads = threads or usable_cores().usable
+    tuning = stored_tuning() if tuning is None else tuning
+    threads = threads or tuning.threads or usable_cores().usable
     plan = plan_of(checkpoint)
     if format is not None:
         plan = requantised(plan, QuantFormat.parse(format) if isinstance(format, str) else format)
@@ -110,6 +113,8 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
 
     recipes, names = recipes_of(plan)
     weight_bytes = layout_of(recipes)[1]
+    if memory_bytes is None and not encoder:
+        batch = batch or tuning.batch
     context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads, most=most)
 
     key = files_key(checkpoint.files) if cache and checkpoint.files and format is None else None
@@ -119,18 +124,19 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     template = None if tokenizer is None or plan.kind != "decoder" else chat_template_of(checkpoint, tokenizer)
     plan = for_context(plan, context)
     fetched()
-    packed = pack_all(recipes, key=key, progress=progress)
+    packed = pack_all(recipes, key=key, huge_pages=tuning.huge_pages is not False, progress=progress)
     model = build_model(plan, packed, names)
     with native_errors():
         reader, source = None, 0
         if plan.encoder is not None:  # a text is read whole; the two take turns, with the same threads
-            reader = _core.Session(build_model(plan.encoder, packed, names), "fp32", context, 1, threads, context)
+            reader = _core.Session(build_model(plan.encoder, packed, names), "fp32", context, 1, threads, context,
+                                   tuning=tuning.native)
             source = context
-        session = _core.Session(model, kv, context, slots, threads, batch, source, reader)
+        session = _core.Session(model, kv, context, slots, threads, batch, source, reader, tuning.native)
     return LanguageModel(checkpoint=without_tensors(checkpoint), session=session, native=model, packed=packed,
                          tokenizer=tokenizer, template=template, kind=plan.kind, kv=kv, hidden=plan.hidden,
                          vocab=plan.vocab, sites=tuple(sites_of(layer) for layer in plan.layers), encoder=reader,
-                         start=plan.start)
+                         start=plan.start, tuning=tuning)
 
 
 def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:
@@ -141,13 +147,18 @@ def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:
 
 
 def session_of(plan: Plan, *, kv: str = "fp32", context: int | None = None, batch: int = 256, slots: int = 1,
-               threads: int = 1) -> Any:
-    """A native Session over a Plan, packed in memory: for plans that come from elsewhere than a checkpoint."""
+               threads: int = 1, tuning: Tuning | None = None) -> Any:
+    """A native Session over a Plan, packed in memory: for plans that come from elsewhere than a checkpoint.
+
+    tuning: by default none, whatever is stored.
+    """
+    tuning = tuning or Tuning()
     recipes, names = recipes_of(plan)
     context = context or plan.context
     with native_errors():
-        model = build_model(for_context(plan, context), pack_all(recipes, key=None), names)
-        return _core.Session(model, kv, context, slots, threads, batch)
+        packed = pack_all(recipes, key=None, huge_pages=tuning.huge_pages is not False)
+        model = build_model(for_context(plan, context), packed, names)
+        return _core.Session(model, kv, context, slots, threads, batch, tuning=tuning.native)
 
 
 def sites_of(layer: Layer) -> dict[str, tuple[str, ...]]:

@@ -24,6 +24,7 @@ from edgewise.engine import calibrate as calibration
 from edgewise.engine import score
 from edgewise.engine.generate import Generation, GenerationOptions, generate
 from edgewise.engine.packing import PackedWeights
+from edgewise.engine.tuning import Tuning
 from edgewise.native import _core  # type: ignore[attr-defined]
 
 __all__ = ["KV_FORMATS", "LanguageModel", "Memory"]
@@ -67,6 +68,7 @@ class LanguageModel:
     sites: tuple[Mapping[str, tuple[str, ...]], ...]
     encoder: Any = None
     start: int | None = None
+    tuning: Tuning = field(default_factory=Tuning)
     _cached_ids: list[int] = field(default_factory=list)  # what slot 0 holds
     _source_ids: list[int] | None = None  # the text that slot 0 attends to
     _current: object = None  # the Generation that slot 0 belongs to

@@ -207,24 +207,25 @@ def layout_of(recipes: Mapping[str, Recipe]) -> tuple[dict[str, int], int]:
     return offsets, total
 
 
-def pack_all(recipes: Mapping[str, Recipe], *, key: str | None,
+def pack_all(recipes: Mapping[str, Recipe], *, key: str | None, huge_pages: bool = True,
              progress: Callable[[str, int, int], None] | None = None) -> PackedWeights:
     """Pack every weight, or map what an earlier load packed.
 
     key: identifies the source files; None packs into memory. A cache that cannot be written is a notice, not an error.
+    huge_pages: ask for them.
     """
     offsets, total = layout_of(recipes)
     buffer: Bytes | None = None
     if key is not None:
         path = _cache_file(key, recipes)
         try:
-            buffer = _mapped(path, total)
+            buffer = _mapped(path, total, huge_pages)
             if buffer is None:
                 with locked(path.with_suffix(".lock")):
-                    buffer = _mapped(path, total)
+                    buffer = _mapped(path, total, huge_pages)
                     if buffer is None:
                         _write_cache(path, recipes, offsets, total, progress)
-                        buffer = _mapped(path, total)
+                        buffer = _mapped(path, total, huge_pages)
         except FormatError:  # of the source: packing into memory would fail as well
             raise
         except (OSError, EdgewiseError) as error:
@@ -233,7 +234,8 @@ def pack_all(recipes: Mapping[str, Recipe], *, key: str | None,
     cached = buffer is not None
     if buffer is None:
         region = mmap.mmap(-1, max(total, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        _ask_for_huge_pages(region)
+        if huge_pages:
+            _ask_for_huge_pages(region)
         buffer = np.frombuffer(region, np.uint8)
         _fill(buffer, recipes, offsets, total, progress)
     matrices = {
@@ -293,7 +295,7 @@ def _ask_for_huge_pages(region: mmap.mmap) -> None:
         region.madvise(mmap.MADV_HUGEPAGE)
 
 
-def _mapped_file(path: Path, nbytes: int) -> mmap.mmap | None:
+def _mapped_file(path: Path, nbytes: int, huge_pages: bool = True) -> mmap.mmap | None:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size != nbytes or nbytes == 0:
@@ -301,12 +303,13 @@ def _mapped_file(path: Path, nbytes: int) -> mmap.mmap | None:
             region = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         return None
-    _ask_for_huge_pages(region)
+    if huge_pages:
+        _ask_for_huge_pages(region)
     return region
 
 
-def _mapped(path: Path, nbytes: int) -> Bytes | None:
-    region = _mapped_file(path, nbytes)
+def _mapped(path: Path, nbytes: int, huge_pages: bool) -> Bytes | None:
+    region = _mapped_file(path, nbytes, huge_pages)
     if region is None:
         return None
     return np.frombuffer(region, np.uint8)
