@@ -30,13 +30,17 @@ BlockType block_type(const std::string& name) {
   return *type;
 }
 
-// Formats of our own: element "int" or "float32", "float16", "bfloat16"; scales are half precision or float.
+// Formats of our own: element "int", "table", "float32", "float16", "bfloat16" or "bfloat16 pairs", for bfloat16 inputs; scales are half precision or float.
 PackedFormat make_format(const std::string& element, int bits, bool has_min, const std::string& scale, size_t group,
                          const std::vector<int>& table) {
   PackedFormat format;
   if (element == "float32") return packed_format_of(BlockType::F32);
   if (element == "float16") return packed_format_of(BlockType::F16);
-  if (element == "bfloat16") return packed_format_of(BlockType::BF16);
+  if (element == "bfloat16" || element == "bfloat16 pairs") {
+    format = packed_format_of(BlockType::BF16);
+    if (element != "bfloat16") format.element = Element::BFloat16Pairs;
+    return format;
+  }
   if (element != "int" && element != "table") throw std::invalid_argument("unknown element " + element);
   format.element = element == "int" ? Element::Integer : Element::Table;
   format.bits = static_cast<uint8_t>(bits);
@@ -82,11 +86,14 @@ void matmul(const PackedMatrix& w, Matrix<float> x, Output<float> y, const std::
   a.tokens = tokens;
   a.cols = w.cols;
   a.slots = tokens == 1 ? 1 : kLanes;
-  std::vector<uint8_t> buffer(Activations::nbytes_int8(tokens, w.cols, a.slots) + Activations::nbytes_float(tokens, w.cols, a.slots));
+  std::vector<uint8_t> buffer(std::max(Activations::nbytes_int8(tokens, w.cols, a.slots), Activations::nbytes_float(tokens, w.cols, a.slots)));
   int8 = int8 && w.format.quantised();
   if (int8) {
     a.place_int8(buffer.data());
     for (size_t t = 0; t < tokens; ++t) table.rows.quantise(x.data() + t * w.cols, a, t);
+  } else if (w.format.element == Element::BFloat16Pairs) {
+    a.place_bfloat(buffer.data());
+    for (size_t t = 0; t < tokens; ++t) table.rows.place_bfloat(x.data() + t * w.cols, a, t);
   } else {
     a.place_float(buffer.data());
     for (size_t t = 0; t < tokens; ++t) table.rows.place(x.data() + t * w.cols, a, t);

@@ -65,8 +65,7 @@ void Session::set_source(size_t slot, const float* states, size_t n, size_t widt
 void Session::store_source(const Cross& cross, size_t index, size_t slot, const float* states, size_t first, size_t n, size_t thread) {
   const LayerKernels& k = layer_kernels_[index];
   const size_t width = cross.k.cols();
-  const bool int8 = cross.k.int8_inputs() || cross.v.int8_inputs(), floats = !cross.k.int8_inputs() || !cross.v.int8_inputs();
-  const Inputs inputs = prepare(thread, width, n, int8, floats, Site::Source,
+  const Inputs inputs = prepare(thread, width, n, inputs_of({&cross.k, &cross.v}), Site::Source,
                                 [&](size_t i, float*) { return states + (first + i) * width; });
   const Work works[] = {{&cross.k, k.cross_k, k_.floats(), kv_stride_, false}, {&cross.v, k.cross_v, v_.floats(), kv_stride_, false}};
   multiply(thread, kUnplanned, works, 2, inputs, n);
@@ -85,7 +84,7 @@ void Session::attend_across(const Cross& cross, size_t index, size_t thread) {
   const LayerKernels& k = layer_kernels_[index];
   if (thread == 0) profile_.unplanned = Operator::Cross;
   {
-    const Inputs inputs = prepare(thread, model_->hidden, count_, cross.q.int8_inputs(), !cross.q.int8_inputs(), Site::Cross,
+    const Inputs inputs = prepare(thread, model_->hidden, count_, inputs_of({&cross.q}), Site::Cross,
                                   [&](size_t token, float* buffer) -> const float* {
                                     apply_norm(kernels_, cross.norm, x_.floats() + token * hidden_stride_, model_->hidden, buffer);
                                     return buffer;
@@ -107,7 +106,7 @@ void Session::attend_across(const Cross& cross, size_t index, size_t thread) {
         end = static_cast<int32_t>(source_lengths_[static_cast<size_t>(slots_[token])]);
       },
       [](float*, size_t, size_t) {});
-  const Inputs inputs = prepare(thread, cross.o.cols(), count_, cross.o.int8_inputs(), !cross.o.int8_inputs(), Site::CrossOutput,
+  const Inputs inputs = prepare(thread, cross.o.cols(), count_, inputs_of({&cross.o}), Site::CrossOutput,
                                 [&](size_t token, float*) { return attention_.floats() + token * q_stride_; });
   const Work work = {&cross.o, k.cross_o, x_.floats(), hidden_stride_, true};
   multiply(thread, phase_of(index, kCrossOut), &work, 1, inputs, count_);

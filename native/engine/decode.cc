@@ -103,7 +103,7 @@ void Session::multiply_one(size_t thread, size_t phase, const Work* works, size_
     const PackedMatrix& w = linear.weight;
     const size_t panel = share.from - base;
     const Ahead ahead = share.own ? reads.over(w.panel(panel), w.panel_nbytes) : Ahead{};
-    works[i].kernel(w, panel, 1, linear.int8_inputs() ? inputs.int8 : inputs.floats, 0, 0, 1,
+    works[i].kernel(w, panel, 1, inputs.of(linear), 0, 0, 1,
                     {works[i].y + panel * kLanes, works[i].stride, linear.bias_of(panel), works[i].add}, ahead);
   }
 }
@@ -118,7 +118,7 @@ void Session::gate_and_up_one(const Layer& layer, const LayerKernels& k, const I
     auto read = [&](const Linear& linear, MatmulKernel kernel, float* y) {
       const PackedMatrix& w = linear.weight;
       const Ahead ahead = share.own ? reads.over(w.panel(share.from), panels * w.panel_nbytes) : Ahead{};
-      kernel(w, share.from, panels, linear.int8_inputs() ? inputs.int8 : inputs.floats, 0, 0, 1,
+      kernel(w, share.from, panels, inputs.of(linear), 0, 0, 1,
              {y, panels * kLanes, linear.bias_of(share.from)}, ahead);
     };
     float* up = ffn_.floats() + share.from * kLanes;

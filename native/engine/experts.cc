@@ -16,10 +16,11 @@ namespace {
   for (size_t i = 0; i < n; ++i) y[i] += weight * x[i];
 }
 
-bool any(const Experts& experts, bool down, bool int8) {
-  auto is = [&](const Linear& linear) { return linear.present() && linear.int8_inputs() == int8; };
-  return std::any_of(experts.experts.begin(), experts.experts.end(),
-                     [&](const FeedForward& e) { return down ? is(e.down) : is(e.gate) || is(e.up); });
+// What the gates and ups of all experts want their inputs rounded to.
+unsigned inputs_of(const Experts& experts) {
+  unsigned wanted = 0;
+  for (const FeedForward& e : experts.experts) wanted |= edgewise::inputs_of({&e.gate, &e.up});
+  return wanted;
 }
 
 }  // namespace
@@ -64,19 +65,6 @@ void Session::choose(const Experts& experts, size_t token, int32_t* chosen, floa
   }
 }
 
-// One thread: activations of `tokens` rows in a buffer.
-Session::Inputs Session::place(size_t tokens, size_t cols, size_t slots, bool int8, bool floats, uint8_t* buffer) const {
-  Inputs inputs;
-  for (Activations* x : {&inputs.int8, &inputs.floats}) {
-    x->tokens = tokens;
-    x->cols = cols;
-    x->slots = slots;
-  }
-  if (int8) inputs.int8.place_int8(buffer);
-  if (floats) inputs.floats.place_float(buffer + (int8 ? Activations::nbytes_int8(tokens, cols, slots) : 0));
-  return inputs;
-}
-
 // One thread: the order of tokens by expert, tokens of one expert in their own order.
 void Session::group(const Experts& experts) {
   const size_t per_token = experts.per_token();
@@ -84,21 +72,16 @@ void Session::group(const Experts& experts) {
   for (size_t i = 0; i < count_ * per_token; ++i) ++counts[static_cast<size_t>(chosen_[i]) + 1];
   groups_.clear();
   group_tiles_ = 0;
-  const size_t tile_nbytes = Activations::nbytes_int8(kLanes, max_cols_, kLanes) + Activations::nbytes_float(kLanes, max_cols_, kLanes);
+  const size_t tile_nbytes = inputs_nbytes(kLanes, kLanes);
   for (size_t e = 0; e < experts.experts.size(); ++e) {
     const size_t n = counts[e + 1];
     counts[e + 1] += counts[e];
     if (n == 0) continue;
     const FeedForward& expert = experts.experts[e];
     uint8_t* buffer = expert_inputs_.data() + group_tiles_ * tile_nbytes;
-    auto placed = [&](size_t cols, std::initializer_list<const Linear*> linears) {
-      bool int8 = false, floats = false;
-      for (const Linear* linear : linears)
-        if (linear->present()) (linear->int8_inputs() ? int8 : floats) = true;
-      return place(n, cols, kLanes, int8, floats, buffer);
-    };
-    groups_.push_back({e, counts[e], n, group_tiles_, placed(expert.up.cols(), {&expert.gate, &expert.up}),
-                       placed(expert.down.cols(), {&expert.down})});
+    groups_.push_back({e, counts[e], n, group_tiles_,
+                       place(n, expert.up.cols(), kLanes, edgewise::inputs_of({&expert.gate, &expert.up}), buffer),
+                       place(n, expert.down.cols(), kLanes, edgewise::inputs_of({&expert.down}), buffer)});
     group_tiles_ += (n + kLanes - 1) / kLanes;
   }
   for (size_t i = 0; i < count_ * per_token; ++i) {
@@ -113,10 +96,10 @@ void Session::expert_panel(const FeedForward& expert, const ExpertKernels& k, co
                            size_t count, float* y) const {
   float gate[kLanes * kLanes], up[kLanes * kLanes];
   const size_t row = panel * kLanes, rows = std::min(kLanes, expert.up.rows() - row);
-  k.up(expert.up.weight, panel, 1, expert.up.int8_inputs() ? inputs.int8 : inputs.floats, tile, 0, count,
+  k.up(expert.up.weight, panel, 1, inputs.of(expert.up), tile, 0, count,
        {up, kLanes, expert.up.bias_of(panel)}, {});
   if (expert.gate.present())
-    k.gate(expert.gate.weight, panel, 1, expert.gate.int8_inputs() ? inputs.int8 : inputs.floats, tile, 0, count,
+    k.gate(expert.gate.weight, panel, 1, inputs.of(expert.gate), tile, 0, count,
            {gate, kLanes, expert.gate.bias_of(panel)}, {});
   kernels_.rows.gate(expert.function, expert.gate.present() ? gate : nullptr, up, count * kLanes);
   for (size_t t = 0; t < count; ++t) std::memcpy(y + t * ffn_stride_ + row, up + t * kLanes, rows * sizeof(float));
@@ -147,15 +130,11 @@ void Session::feed_one(const Experts& experts, const LayerKernels& k, const Inpu
   }
   pool_.barrier();
 
-  const size_t one = Activations::nbytes_int8(1, max_cols_, 1) + Activations::nbytes_float(1, max_cols_, 1);
+  const size_t one = inputs_nbytes(1, 1);
   for (size_t c = 0; c < n; ++c) {
     const Linear& down = experts.experts[static_cast<size_t>(chosen[c])].down;
-    middle[c] = place(1, down.cols(), 1, down.int8_inputs(), !down.int8_inputs(), thread_experts_[thread].data() + c * one);
-    const float* row = ffn_.floats() + c * ffn_stride_;
-    if (down.int8_inputs())
-      kernels_.rows.quantise(row, middle[c].int8, 0);
-    else
-      kernels_.rows.place(row, middle[c].floats, 0);
+    middle[c] = place(1, down.cols(), 1, edgewise::inputs_of({&down}), thread_experts_[thread].data() + c * one);
+    convert(ffn_.floats() + c * ffn_stride_, middle[c], 0);
   }
   const size_t hidden = model_->hidden, panels = (hidden + kLanes - 1) / kLanes;
   const size_t down_step = panels_at_once(panels * n, config_.threads, 1);
@@ -165,7 +144,7 @@ void Session::feed_one(const Experts& experts, const LayerKernels& k, const Inpu
       for (size_t c = 0; c < n; ++c) {
         const size_t e = static_cast<size_t>(chosen[c]), row = panel * kLanes, rows = std::min(kLanes, hidden - row);
         const Linear& down = experts.experts[e].down;
-        k.experts[e].down(down.weight, panel, 1, down.int8_inputs() ? middle[c].int8 : middle[c].floats, 0, 0, 1,
+        k.experts[e].down(down.weight, panel, 1, middle[c].of(down), 0, 0, 1,
                           {out, kLanes, down.bias_of(panel)}, {});
         add_scaled(out, weights[c], rows, x_.floats() + row);
       }
@@ -178,10 +157,8 @@ void Session::convert_groups(Inputs Group::*inputs, Row row) {
   for (size_t tile; (tile = pool_.take(1)) < group_tiles_;) {
     Group& g = *std::prev(std::upper_bound(groups_.begin(), groups_.end(), tile, [](size_t t, const Group& group) { return t < group.tile; }));
     Inputs& x = g.*inputs;
-    for (size_t i = (tile - g.tile) * kLanes; i < std::min(g.count, (tile - g.tile + 1) * kLanes); ++i) {
-      if (x.int8.q != nullptr) kernels_.rows.quantise(row(g.first + i), x.int8, i);
-      if (x.floats.f != nullptr) kernels_.rows.place(row(g.first + i), x.floats, i);
-    }
+    for (size_t i = (tile - g.tile) * kLanes; i < std::min(g.count, (tile - g.tile + 1) * kLanes); ++i)
+      convert(row(g.first + i), x, i);
   }
   pool_.barrier();
 }
@@ -217,7 +194,7 @@ void Session::feed_groups(const Experts& experts, const LayerKernels& k) {
   for (size_t from; (from = pool_.take(down_step)) < panels;)
     for (const Group& g : groups_) {
       const Linear& down = experts.experts[g.expert].down;
-      const Activations& x = down.int8_inputs() ? g.middle.int8 : g.middle.floats;
+      const Activations& x = g.middle.of(down);
       for (size_t tile = 0; tile * kLanes < g.count; ++tile)
         for (size_t panel = from; panel < std::min(panels, from + down_step); ++panel) {
           const size_t count = std::min(kLanes, g.count - tile * kLanes), row = panel * kLanes, rows = std::min(kLanes, hidden - row);
@@ -236,11 +213,8 @@ void Session::feed_experts(const Layer& layer, const LayerKernels& k, size_t thr
   const Experts& experts = *layer.experts;
   const bool own = count_ == 1;
   if (thread == 0) profile_.unplanned = Operator::Experts;
-  auto routes = [&](bool int8) {
-    return experts.router.int8_inputs() == int8 || (experts.shared_gate.present() && experts.shared_gate.int8_inputs() == int8);
-  };
-  const Inputs inputs = prepare(thread, model_->hidden, count_, routes(true) || (own && any(experts, false, true)),
-                                routes(false) || (own && any(experts, false, false)), Site::FeedForward,
+  const Inputs inputs = prepare(thread, model_->hidden, count_,
+                                edgewise::inputs_of({&experts.router, &experts.shared_gate}) | (own ? inputs_of(experts) : 0), Site::FeedForward,
                                 [&](size_t token, float* buffer) -> const float* {
                                   float* row = own ? buffer : branch_.floats() + token * hidden_stride_;
                                   apply_norm(kernels_, layer.feed_forward_norm, x_.floats() + token * hidden_stride_, model_->hidden, row);

@@ -42,7 +42,7 @@ void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n,
       const PackedMatrix& weight = work.linear->weight;
       const size_t first = std::max(from, base), last = std::min(to, base + weight.panels());
       if (first >= last) continue;
-      const Activations& x = work.linear->int8_inputs() ? inputs.int8 : inputs.floats;
+      const Activations& x = inputs.of(*work.linear);
       for (size_t tile = 0; tile < x.tiles(); ++tile) {
         const size_t panel = first - base, count = std::min(x.slots, tokens - tile * x.slots);
         work.kernel(weight, panel, last - first, x, tile, 0, count,
@@ -61,8 +61,8 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
   }
   const size_t panels = layer.up.weight.panels(), tokens = count_;
   const Runs runs(panels, config_.threads, tokens, config_.tuning.runs_per_thread);
-  const Activations& x_up = layer.up.int8_inputs() ? inputs.int8 : inputs.floats;
-  const Activations& x_gate = layer.gate.present() && layer.gate.int8_inputs() ? inputs.int8 : inputs.floats;
+  const Activations& x_up = inputs.of(layer.up);
+  const Activations& x_gate = inputs.of(layer.gate);
   float gate[kLanes * kMostPanels * kLanes];
   for (size_t run; (run = pool_.take(1)) < runs.count;) {
     const size_t from = runs.first(run), count_panels = std::min(panels, runs.first(run + 1)) - from, width = count_panels * kLanes;
@@ -110,12 +110,6 @@ void Session::run_layer(size_t index, size_t thread) {
   const Layer& layer = model_->layers[index];
   const LayerKernels& k = layer_kernels_[index];
   const size_t hidden = model_->hidden;
-  auto any_int8 = [](std::initializer_list<const Linear*> linears) {
-    return std::any_of(linears.begin(), linears.end(), [](const Linear* l) { return l->present() && l->int8_inputs(); });
-  };
-  auto any_float = [](std::initializer_list<const Linear*> linears) {
-    return std::any_of(linears.begin(), linears.end(), [](const Linear* l) { return l->present() && !l->int8_inputs(); });
-  };
   auto normed = [&](const Norm& norm) {
     return [this, &norm, post = layer.post_norm](size_t token, float* buffer) -> const float* {
       const float* x = x_.floats() + token * hidden_stride_;
@@ -126,8 +120,7 @@ void Session::run_layer(size_t index, size_t thread) {
   };
 
   {
-    const Inputs inputs = prepare(thread, hidden, count_, any_int8({&layer.q, &layer.k, &layer.v}),
-                                  any_float({&layer.q, &layer.k, &layer.v}), Site::Attention, normed(layer.attention_norm));
+    const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.q, &layer.k, &layer.v}), Site::Attention, normed(layer.attention_norm));
     const Work works[] = {{&layer.q, k.q, q_.floats(), q_stride_, false},
                           {&layer.k, k.k, k_.floats(), kv_stride_, false},
                           {&layer.v, k.v, v_.floats(), kv_stride_, false}};
@@ -139,7 +132,7 @@ void Session::run_layer(size_t index, size_t thread) {
   else
     attend_many(layer, index, thread);
   {
-    const Inputs inputs = prepare(thread, layer.o.cols(), count_, layer.o.int8_inputs(), !layer.o.int8_inputs(), Site::Output,
+    const Inputs inputs = prepare(thread, layer.o.cols(), count_, inputs_of({&layer.o}), Site::Output,
                                   [&](size_t token, float* buffer) -> const float* {
                                     if (!splits_chunks(layer)) return attention_.floats() + token * q_stride_;
                                     merge_one(layer, index, buffer);
@@ -154,12 +147,12 @@ void Session::run_layer(size_t index, size_t thread) {
   if (layer.cross) attend_across(*layer.cross, index, thread);
   if (layer.experts) return feed_experts(layer, k, thread);
   {
-    const Inputs inputs = prepare(thread, hidden, count_, any_int8({&layer.gate, &layer.up}), any_float({&layer.gate, &layer.up}),
+    const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.gate, &layer.up}),
                                   Site::FeedForward, normed(layer.feed_forward_norm));
     gate_and_up(layer, k, inputs, thread, phase_of(index, kGateAndUp));
   }
   {
-    const Inputs inputs = prepare(thread, layer.down.cols(), count_, layer.down.int8_inputs(), !layer.down.int8_inputs(),
+    const Inputs inputs = prepare(thread, layer.down.cols(), count_, inputs_of({&layer.down}),
                                   Site::Down, [&](size_t token, float*) { return ffn_.floats() + token * ffn_stride_; });
     const bool normed_after = layer.after_feed_forward.kind != Norm::Kind::None;
     const Work work = {&layer.down, k.down, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
@@ -173,7 +166,7 @@ void Session::head(const int32_t* rows, size_t n, float* out, size_t stride, siz
   const Linear& linear = model_->head;
   if (reads_[thread].threads != pool_.in_use()) plan_reads(thread);
   const Inputs inputs =
-      prepare(thread, linear.cols(), n, linear.int8_inputs(), !linear.int8_inputs(), Site::Attention, [&](size_t i, float* buffer) {
+      prepare(thread, linear.cols(), n, inputs_of({&linear}), Site::Attention, [&](size_t i, float* buffer) {
         apply_norm(kernels_, model_->final_norm, x_.floats() + static_cast<size_t>(rows[i]) * hidden_stride_, model_->hidden, buffer);
         return static_cast<const float*>(buffer);
       });

@@ -108,6 +108,9 @@ uint16_t get_half(const uint8_t* p, size_t lane) {
   return half;
 }
 
+// Byte offset of an input in a panel of bfloat16 pairs.
+size_t pair_offset(size_t k, size_t lane) { return ((k / 2 * kLanes + lane) * 2 + k % 2) * 2; }
+
 // A code that stands for zero, for inputs and rows that do not exist.
 uint8_t zero_code(const PackedFormat& format) {
   if (format.element == Element::Table) {
@@ -205,12 +208,15 @@ void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* s
 void pack_floats(const PackedFormat& format, const uint8_t* values, size_t rows, size_t cols, size_t begin, size_t end,
                  uint8_t* out) {
   const size_t width = format.element == Element::Float32 ? 4 : 2, panel_nbytes = format.panel_nbytes(cols);
+  const bool pairs = format.element == Element::BFloat16Pairs;
+  if (pairs) std::memset(out + begin * panel_nbytes, 0, (end - begin) * panel_nbytes);
   for (size_t panel = begin; panel < end; ++panel) {
     uint8_t* base = out + panel * panel_nbytes;
     for (size_t lane = 0; lane < kLanes; ++lane) {
       const size_t row = panel * kLanes + lane;
       for (size_t k = 0; k < cols; ++k) {
-        uint8_t* at = base + (k * kLanes + lane) * width;
+        uint8_t* at = base + (pairs ? pair_offset(k, lane) : (k * kLanes + lane) * width);
+        if (pairs && (row >= rows || (get_half(values, row * cols + k) & 0x7fff) < kSmallestBFloat)) continue;
         if (row < rows)
           std::memcpy(at, values + (row * cols + k) * width, width);
         else
@@ -228,6 +234,8 @@ void unpack_row(const PackedMatrix& w, size_t row, float* out) {
     for (size_t k = 0; k < w.cols; ++k) {
       if (format.element == Element::Float32) {
         std::memcpy(out + k, base + (k * kLanes + lane) * 4, 4);
+      } else if (format.element == Element::BFloat16Pairs) {
+        out[k] = bf16_to_float(get_half(base + pair_offset(k, lane), 0));
       } else {
         const uint16_t bits = get_half(base + k * kLanes * 2, lane);
         out[k] = format.element == Element::Float16 ? half_to_float(bits) : bf16_to_float(bits);

@@ -45,34 +45,58 @@ inline void apply_norm(const Kernels& kernels, const Norm& norm, const float* x,
     std::memcpy(y, x, n * sizeof(float));
 }
 
-// Inputs of a phase. For one token every thread makes its own copy, which costs less than a barrier; for more, the threads
-// share the rows. row(token, buffer) gives the token's input, in place or in the buffer.
-template <class Row>
-Session::Inputs Session::prepare(size_t thread, size_t cols, size_t tokens, bool int8, bool floats, Site site, Row row) {
-  mark(thread, Operator::Inputs);
+// What linears that read the same want it rounded to.
+inline unsigned inputs_of(std::initializer_list<const Linear*> linears) {
+  unsigned wanted = 0;
+  for (const Linear* linear : linears)
+    if (linear->present()) wanted |= static_cast<unsigned>(linear->input());
+  return wanted;
+}
+
+// Activations of `tokens` rows in a buffer.
+inline Session::Inputs Session::place(size_t tokens, size_t cols, size_t slots, unsigned wanted, uint8_t* buffer) {
   Inputs inputs;
-  const bool own = tokens == 1;
-  uint8_t* buffer = own ? thread_inputs_[thread].data() : shared_inputs_.data();
-  const size_t offset = own ? Activations::nbytes_int8(1, max_cols_, 1) : input_nbytes_int8_;
-  for (Activations* x : {&inputs.int8, &inputs.floats}) {
+  for (Activations* x : {&inputs.int8, &inputs.floats, &inputs.bfloats}) {
     x->tokens = tokens;
     x->cols = cols;
-    x->slots = own ? 1 : kLanes;
+    x->slots = slots;
   }
-  if (int8) inputs.int8.place_int8(buffer);
-  if (floats) inputs.floats.place_float(buffer + offset);
+  if (wanted & static_cast<unsigned>(Input::Int8)) {
+    inputs.int8.place_int8(buffer);
+    buffer += Activations::nbytes_int8(tokens, cols, slots);
+  }
+  if (wanted & static_cast<unsigned>(Input::Float32)) {
+    inputs.floats.place_float(buffer);
+    buffer += Activations::nbytes_float(tokens, cols, slots);
+  }
+  if (wanted & static_cast<unsigned>(Input::BFloat16)) inputs.bfloats.place_bfloat(buffer);
+  return inputs;
+}
+
+inline void Session::convert(const float* row, Inputs& inputs, size_t token) const {
+  if (inputs.int8.q != nullptr) kernels_.rows.quantise(row, inputs.int8, token);
+  if (inputs.floats.f != nullptr) kernels_.rows.place(row, inputs.floats, token);
+  if (inputs.bfloats.bf != nullptr) kernels_.rows.place_bfloat(row, inputs.bfloats, token);
+}
+
+// Inputs of a phase, rounded to all that is wanted. For one token every thread makes its own copy, which costs less than a
+// barrier; for more, the threads share the rows. row(token, buffer) gives the token's input, in place or in the buffer.
+template <class Row>
+Session::Inputs Session::prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row) {
+  mark(thread, Operator::Inputs);
+  const bool own = tokens == 1;
+  Inputs inputs = place(tokens, cols, own ? 1 : kLanes, wanted, own ? thread_inputs_[thread].data() : shared_inputs_.data());
 
   float* scratch = thread_rows_[thread].floats();
-  auto convert = [&](size_t token) {
+  auto take = [&](size_t token) {
     const float* values = row(token, scratch);
-    if (int8) kernels_.rows.quantise(values, inputs.int8, token);
-    if (floats) kernels_.rows.place(values, inputs.floats, token);
+    convert(values, inputs, token);
     if (capture_ && (!own || thread == 0))
       std::memcpy(captured_[static_cast<size_t>(site)].data() + token * cols, values, cols * sizeof(float));
   };
   if (own) {
     if (capture_ && thread == 0) captured_[static_cast<size_t>(site)].resize(cols);
-    convert(0);
+    take(0);
     return inputs;
   }
   if (capture_) {
@@ -81,7 +105,7 @@ Session::Inputs Session::prepare(size_t thread, size_t cols, size_t tokens, bool
   }
   // Whole tiles: two threads never write into one cache line of a tile.
   for (size_t tile; (tile = pool_.take(1)) * kLanes < tokens;)
-    for (size_t token = tile * kLanes; token < std::min(tokens, (tile + 1) * kLanes); ++token) convert(token);
+    for (size_t token = tile * kLanes; token < std::min(tokens, (tile + 1) * kLanes); ++token) take(token);
   pool_.barrier();
   return inputs;
 }

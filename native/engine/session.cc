@@ -36,9 +36,10 @@ Pages& Pages::operator=(Pages&& other) noexcept {
   return *this;
 }
 
-MatmulKernel Session::kernel_for(const Linear& linear) const {
+MatmulKernel Session::kernel_for(const Linear& linear) {
   if (!linear.present()) return nullptr;
-  MatmulKernel kernel = kernels_.matmul(linear.weight.format, linear.int8_inputs());
+  bfloats_ |= linear.input() == Input::BFloat16;
+  MatmulKernel kernel = kernels_.matmul(linear.weight.format, linear.input() == Input::Int8);
   if (kernel == nullptr) throw std::invalid_argument("a weight has a packed format without a matmul kernel");
   return kernel;
 }
@@ -108,9 +109,8 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   if (normed_after || per_token_ > 0) branch_ = Pages(n * hidden_stride_ * 4);
   partial_ = Pages(partial * 4);
   const size_t whole = std::max<size_t>(n, kLanes);
-  input_nbytes_int8_ = Activations::nbytes_int8(whole, max_cols_, kLanes);
-  shared_inputs_ = Pages(input_nbytes_int8_ + Activations::nbytes_float(whole, max_cols_, kLanes));
-  const size_t one = Activations::nbytes_int8(1, max_cols_, 1) + Activations::nbytes_float(1, max_cols_, 1);
+  shared_inputs_ = Pages(inputs_nbytes(whole, kLanes));
+  const size_t one = inputs_nbytes(1, 1);
   if (per_token_ > 0) {
     const size_t entries = n * per_token_;
     const size_t tiles = (entries + (kLanes - 1) * std::min(entries, most_experts_)) / kLanes;
@@ -119,7 +119,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     chosen_weights_.resize(entries);
     order_.resize(entries);
     order_weights_.resize(entries);
-    expert_inputs_ = Pages(tiles * (Activations::nbytes_int8(kLanes, max_cols_, kLanes) + Activations::nbytes_float(kLanes, max_cols_, kLanes)));
+    expert_inputs_ = Pages(tiles * inputs_nbytes(kLanes, kLanes));
   }
   for (size_t t = 0; t < config_.threads; ++t) {
     if (per_token_ > 0) thread_experts_.emplace_back(per_token_ * one);
@@ -138,6 +138,12 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   source_lengths_.assign(config_.slots, 0);
   cosine_.resize(m.ropes.size());
   sine_.resize(m.ropes.size());
+}
+
+// Of every kind that a linear may want, at the widest.
+size_t Session::inputs_nbytes(size_t tokens, size_t slots) const {
+  return Activations::nbytes_int8(tokens, max_cols_, slots) + Activations::nbytes_float(tokens, max_cols_, slots) +
+         (bfloats_ ? Activations::nbytes_bfloat(tokens, max_cols_, slots) : 0);
 }
 
 size_t Session::scratch_nbytes() const {

@@ -17,6 +17,7 @@ size_t PackedFormat::header_nbytes() const {
 size_t PackedFormat::record_nbytes(size_t blocks) const { return header_nbytes() + blocks * block_nbytes(); }
 
 size_t PackedFormat::panel_nbytes(size_t cols) const {
+  if (element == Element::BFloat16Pairs) return (cols + 1) / 2 * kLanes * 4;
   if (!quantised()) return kLanes * cols * (element == Element::Float32 ? 4 : 2);
   const size_t blocks = (cols + kBlock - 1) / kBlock, per_record = record_inputs / kBlock;
   return (blocks + per_record - 1) / per_record * header_nbytes() + blocks * block_nbytes();
@@ -33,6 +34,10 @@ size_t Activations::nbytes_int8(size_t tokens, size_t cols, size_t slots) {
 
 size_t Activations::nbytes_float(size_t tokens, size_t cols, size_t slots) {
   return align64((tokens + slots - 1) / slots * slots * ((cols + kBlock - 1) / kBlock) * kBlock * 4);
+}
+
+size_t Activations::nbytes_bfloat(size_t tokens, size_t cols, size_t slots) {
+  return align64((tokens + slots - 1) / slots * slots * ((cols + kBlock - 1) / kBlock) * kBlock * 2);
 }
 
 void Activations::place_int8(uint8_t* buffer) {
@@ -53,6 +58,7 @@ void Activations::place_int8(uint8_t* buffer) {
 }
 
 void Activations::place_float(uint8_t* buffer) { f = reinterpret_cast<float*>(buffer); }
+void Activations::place_bfloat(uint8_t* buffer) { bf = reinterpret_cast<uint16_t*>(buffer); }
 
 size_t KvLayout::key_tile_nbytes() const {
   switch (type) {

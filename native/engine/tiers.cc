@@ -39,7 +39,7 @@ Tier best_tier() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
-    return Tier::Avx512;
+    return __builtin_cpu_supports("avx512bf16") ? Tier::Avx512Bf16 : Tier::Avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Tier::Avx2;
   return Tier::Reference;
 #elif defined(__aarch64__)

@@ -34,6 +34,21 @@ static inline __m256 bfloat8(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bytes16(p)), 16));
 }
 static inline Floats load_bfloat(const uint16_t* p) { return {bfloat8(p), bfloat8(p + 8)}; }
+static inline __m128i to_bfloat8(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256 large = _mm256_cmp_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), _mm256_set1_ps(0x1p-56f), _CMP_NLT_UQ);
+  const __m256i half = _mm256_and_si256(_mm256_blendv_epi8(rounded, quiet, nan), _mm256_castps_si256(large));
+  return _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+// To the nearest bfloat16, ties to even; below 2^-56 to zero.
+static inline void store_bfloat(uint16_t* p, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bfloat8(x.a));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), to_bfloat8(x.b));
+}
 static inline __m256 half_exponent8(const uint8_t* p) {
   __m256i e = _mm256_cvtepu8_epi32(bytes8(p));
   __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
@@ -142,6 +157,20 @@ static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) {
   return {dot4_signed(sum.a, codes.a, four), dot4_signed(sum.b, codes.b, four)};
 }
 static inline Ints start_full(int32_t) { return zero_ints(); }
+
+// sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once.
+static inline __m256 dot2_8(__m256 sum, __m256i pairs, __m256i two) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+  auto odd = [&](__m256i v) { return _mm256_castsi256_ps(_mm256_and_si256(v, high)); };
+  auto even = [](__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); };
+  return _mm256_fmadd_ps(even(pairs), even(two), _mm256_fmadd_ps(odd(pairs), odd(two), sum));
+}
+static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
+  int32_t both;
+  __builtin_memcpy(&both, x, 4);
+  const __m256i two = _mm256_set1_epi32(both);
+  return {dot2_8(sum.a, pairs.a, two), dot2_8(sum.b, pairs.b, two)};
+}
 
 static inline float lowest_sum(__m128 a) {
   a = _mm_add_ps(a, _mm_movehl_ps(a, a));

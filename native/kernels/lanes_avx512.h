@@ -1,11 +1,13 @@
 // Sixteen lanes on AVX-512: one register of each kind. See lanes.md for the contract that all lane headers meet.
+//
+// Included by two tiers, which set EDGEWISE_AVX512 to their namespace: avx512_bf16 has products of bfloat16.
 #pragma once
 #include <immintrin.h>
 
 #include <cstddef>
 #include <cstdint>
 
-namespace edgewise::avx512 {
+namespace edgewise::EDGEWISE_AVX512 {
 
 constexpr int kTile = 16;  // tokens whose accumulators fit in registers
 
@@ -26,6 +28,20 @@ static inline void store_half(uint16_t* p, Floats a) {
 static inline Floats load_bfloat(const uint16_t* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+// To the nearest bfloat16, ties to even; below 2^-56 to zero.
+static inline void store_bfloat(uint16_t* p, Floats a) {
+  const __mmask16 large = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(0x1p-56f), _CMP_NLT_UQ);
+#if defined(__AVX512BF16__)
+  const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
+#else
+  const __m512i bits = _mm512_castps_si512(a.v), high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m256i half = _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_maskz_mov_epi16(large, half));
 }
 // Powers of two from the exponent bytes of E8M0, halved: 2^(e - 128).
 static inline Floats load_half_exponent(const uint8_t* p) {
@@ -99,6 +115,21 @@ static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) { return {_mm512
 static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) { return dot4(sum, codes, x); }
 static inline Ints start_full(int32_t negated_sum_of_x) { return shift_left(set1_ints(negated_sum_of_x), 7); }
 
+// sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once: what VDPBF16PS does. It takes subnormal
+// numbers for zero, but no sum of products of numbers that are multiples of 2^-63 is one.
+static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
+  int32_t two;
+  __builtin_memcpy(&two, x, 4);
+#if defined(__AVX512BF16__)
+  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(pairs.v), reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)))};
+#else
+  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000)), both = _mm512_set1_epi32(two);
+  auto odd = [&](__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, high)); };
+  auto even = [](__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); };
+  return {_mm512_fmadd_ps(even(pairs.v), even(both), _mm512_fmadd_ps(odd(pairs.v), odd(both), sum.v))};
+#endif
+}
+
 static inline float lowest_sum(__m128 a) {
   a = _mm_add_ps(a, _mm_movehl_ps(a, a));
   return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
@@ -112,4 +143,4 @@ static inline float reduce_max(Floats a) { return _mm512_reduce_max_ps(a.v); }
 static inline int32_t reduce_add(Ints a) { return _mm512_reduce_add_epi32(a.v); }
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-}  // namespace edgewise::avx512
+}  // namespace edgewise::EDGEWISE_AVX512

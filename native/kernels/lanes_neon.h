@@ -37,6 +37,17 @@ static inline void store_half(uint16_t* p, Floats x) {
 static inline Floats load_bfloat(const uint16_t* p) {
   return each<Floats>([=](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
 }
+// To the nearest bfloat16, ties to even; below 2^-56 to zero.
+static inline void store_bfloat(uint16_t* p, Floats x) {
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x.v[i]), high = vshrq_n_u32(bits, 16);
+    const uint32x4_t odd = vandq_u32(high, vdupq_n_u32(1));
+    const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
+    const uint32x4_t half = vbslq_u32(vceqq_f32(x.v[i], x.v[i]), rounded, vorrq_u32(high, vdupq_n_u32(0x40)));
+    const uint32x4_t small = vcltq_f32(vabsq_f32(x.v[i]), vdupq_n_f32(0x1p-56f));
+    vst1_u16(p + 4 * i, vmovn_u32(vbicq_u32(half, small)));
+  }
+}
 static inline uint32x4_t widen(uint8x16_t x, int i) {
   const uint16x8_t half = i < 2 ? vmovl_u8(vget_low_u8(x)) : vmovl_high_u8(x);
   return i % 2 == 0 ? vmovl_u16(vget_low_u16(half)) : vmovl_high_u16(half);
@@ -166,6 +177,18 @@ static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) {
 }
 static inline Ints start_full(int32_t) { return zero_ints(); }
 #endif
+
+// sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once. Not BFDOT, which rounds otherwise.
+static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
+  const uint32x4_t high = vdupq_n_u32(0xffff0000);
+  const float odd_x = vgetq_lane_f32(vreinterpretq_f32_u32(vdupq_n_u32(static_cast<uint32_t>(x[1]) << 16)), 0);
+  const float even_x = vgetq_lane_f32(vreinterpretq_f32_u32(vdupq_n_u32(static_cast<uint32_t>(x[0]) << 16)), 0);
+  return each<Floats>([&](int i) {
+    const uint32x4_t v = vreinterpretq_u32_u8(pairs.v[i]);
+    const float32x4_t first = vfmaq_n_f32(sum.v[i], vreinterpretq_f32_u32(vandq_u32(v, high)), odd_x);
+    return vfmaq_n_f32(first, vreinterpretq_f32_u32(vshlq_n_u32(v, 16)), even_x);
+  });
+}
 
 // Sum of lanes, halves folded onto each other: 8, 4, 2, 1.
 static inline float reduce_add(Floats x) {

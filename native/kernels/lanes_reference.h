@@ -46,6 +46,10 @@ static inline void store_half(uint16_t* p, Floats a) {
   for (int i = 0; i < 16; ++i) p[i] = float_to_half(a.v[i]);
 }
 static inline Floats load_bfloat(const uint16_t* p) { return each([=](int i) { return bf16_to_float(p[i]); }); }
+// To the nearest bfloat16, ties to even; below 2^-56 to zero.
+static inline void store_bfloat(uint16_t* p, Floats a) {
+  for (int i = 0; i < 16; ++i) p[i] = std::fabs(a.v[i]) < 0x1p-56f ? uint16_t{0} : float_to_bf16(a.v[i]);
+}
 // Powers of two from the exponent bytes of E8M0, halved: 2^(e - 128).
 static inline Floats load_half_exponent(const uint8_t* p) {
   return each([=](int i) { return std::ldexp(1.0f, p[i] - 128); });
@@ -121,6 +125,14 @@ static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) {
 // sum + (codes - 128) . x, with the sum that start_full begins with.
 static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) { return dot4(sum, codes, x); }
 static inline Ints start_full(int32_t negated_sum_of_x) { return set1_ints(128 * negated_sum_of_x); }
+
+// sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once.
+static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
+  return each([&](int i) {
+    auto half = [&](int j) { return bf16_to_float(static_cast<uint16_t>(pairs.v[4 * i + 2 * j] | pairs.v[4 * i + 2 * j + 1] << 8)); };
+    return fused(half(0), bf16_to_float(x[0]), fused(half(1), bf16_to_float(x[1]), sum.v[i]));
+  });
+}
 
 // Sum of lanes, halves folded onto each other: 8, 4, 2, 1.
 static inline float reduce_add(Floats a) {

@@ -60,6 +60,18 @@ static inline void store_half(uint16_t* p, Floats x) {
 static inline Floats load_bfloat(const uint16_t* p) {
   return each<Floats>([=](int i) { return wasm_i32x4_shl(wasm_u32x4_load16x4(p + 4 * i), 16); });
 }
+// To the nearest bfloat16, ties to even; below 2^-56 to zero.
+static inline v128_t to_bfloat4(v128_t x) {
+  const v128_t high = wasm_u32x4_shr(x, 16), odd = wasm_v128_and(high, wasm_i32x4_splat(1));
+  const v128_t rounded = wasm_u32x4_shr(wasm_i32x4_add(x, wasm_i32x4_add(odd, wasm_i32x4_splat(0x7fff))), 16);
+  const v128_t quiet = wasm_v128_or(high, wasm_i32x4_splat(0x40));
+  const v128_t half = wasm_v128_bitselect(rounded, quiet, wasm_f32x4_eq(x, x));
+  return wasm_v128_andnot(half, wasm_f32x4_lt(wasm_f32x4_abs(x), wasm_f32x4_splat(0x1p-56f)));
+}
+static inline void store_bfloat(uint16_t* p, Floats x) {
+  wasm_v128_store(p, wasm_u16x8_narrow_i32x4(to_bfloat4(x.v[0]), to_bfloat4(x.v[1])));
+  wasm_v128_store(p + 8, wasm_u16x8_narrow_i32x4(to_bfloat4(x.v[2]), to_bfloat4(x.v[3])));
+}
 static inline v128_t widen_unsigned(const uint8_t* p) { return wasm_u32x4_extend_low_u16x8(wasm_u16x8_extend_low_u8x16(wasm_v128_load32_zero(p))); }
 static inline v128_t widen_signed(const int8_t* p) { return wasm_i32x4_extend_low_i16x8(wasm_i16x8_extend_low_i8x16(wasm_v128_load32_zero(p))); }
 // Powers of two from the exponent bytes of E8M0, halved: 2^(e - 128).
@@ -196,6 +208,17 @@ static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) {
 // sum + (codes - 128) . x over four inputs: start_full gives the sum to begin with.
 static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) { return dot4(sum, codes, x); }
 static inline Ints start_full(int32_t negated_sum_of_x) { return set1_ints(128 * negated_sum_of_x); }
+
+// sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once.
+static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
+  const v128_t high = wasm_i32x4_splat(static_cast<int32_t>(0xffff0000));
+  const v128_t odd_x = wasm_i32x4_splat(static_cast<int32_t>(static_cast<uint32_t>(x[1]) << 16));
+  const v128_t even_x = wasm_i32x4_splat(static_cast<int32_t>(static_cast<uint32_t>(x[0]) << 16));
+  return each<Floats>([&](int i) {
+    const v128_t first = multiply_add(wasm_v128_and(pairs.v[i], high), odd_x, sum.v[i]);
+    return multiply_add(wasm_i32x4_shl(pairs.v[i], 16), even_x, first);
+  });
+}
 
 static inline v128_t second(v128_t x) { return wasm_i32x4_shuffle(x, x, 1, 1, 1, 1); }
 // Sum of lanes, halves folded onto each other: 8, 4, 2, 1.

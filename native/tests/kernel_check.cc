@@ -334,6 +334,42 @@ void check_lanes(Tier tier, const LaneFunctions& found) {
       peak.floats(out, expected, 1, "maxima");
     }
   }
+  {
+    Case test(tier, "store_bfloat");
+    for (int round = 0; round < 40000; ++round) {
+      uint16_t half[16], wanted[16];
+      for (int i = 0; i < 16; ++i) {
+        a[i] = random.bits();
+        // Middles between two bfloat16 and their neighbours, and values about the smallest that is kept.
+        if (round % 4 == 1) a[i] = std::bit_cast<float>((std::bit_cast<uint32_t>(a[i]) & 0xffff8000u) + static_cast<uint32_t>(random.below(3)) - 1);
+        if (round % 4 == 2) a[i] = std::bit_cast<float>(static_cast<uint32_t>(kSmallestBFloat << 16) + static_cast<uint32_t>(random.below(70000)) - 35000u);
+      }
+      found.store_bfloat(a, half);
+      reference.store_bfloat(a, wanted);
+      test.same(half, wanted, 16, "halves");
+    }
+  }
+  {
+    Case test(tier, "dot2");
+    auto bfloat = [&] { return float_to_bf16(random.uniform() * std::ldexp(1.0f, random.below(112) - 55)); };
+    for (int round = 0; round < 20000; ++round) {
+      uint16_t pairs[32], x[2] = {bfloat(), bfloat()};
+      for (uint16_t& v : pairs) v = random.below(30) == 0 ? uint16_t{0} : bfloat();
+      for (uint16_t* v = pairs; v < pairs + 32; ++v)
+        if ((*v & 0x7fff) < kSmallestBFloat) *v = 0;
+      for (uint16_t& v : x)
+        if ((v & 0x7fff) < kSmallestBFloat) v = 0;
+      float sum[16] = {};
+      // A sum of products, now and then the opposite of the next one: what is left may be a few units of the last place.
+      found.dot2(sum, pairs, x, sum);
+      reference.dot2(sum, pairs, x, sum);
+      if (round % 3 == 0)
+        for (float& v : sum) v = -v / 2;
+      found.dot2(sum, pairs, x, out);
+      reference.dot2(sum, pairs, x, expected);
+      test.floats(out, expected, 16, "sums");
+    }
+  }
   Case look_up(tier, "look_up, byte_of"), shifts(tier, "shifts of codes"), dot(tier, "dot4"), full(tier, "dot4_full");
   for (int round = 0; round < 500; ++round) {
     const std::vector<uint8_t> codes = filled<uint8_t>(512, [&] { return random.byte(); });
@@ -405,6 +441,8 @@ void check_rows(Tier tier, const RowKernels& found, const RowKernels& expected) 
         a.place_int8(p.data), b.place_int8(q.data);
         Buffer f(Activations::nbytes_float(tokens, n, a.slots)), g(f.size);
         a.place_float(f.data), b.place_float(g.data);
+        Buffer h(Activations::nbytes_bfloat(tokens, n, a.slots)), i(h.size);
+        a.place_bfloat(h.data), b.place_bfloat(i.data);
         for (size_t t = 0; t < tokens; ++t) {
           std::vector<float> row = filled<float>(n, [&] { return random.value() * size; });
           if (t == 2) row.assign(n, 0.0f);
@@ -412,7 +450,10 @@ void check_rows(Tier tier, const RowKernels& found, const RowKernels& expected) 
           expected.quantise(row.data(), b, t);
           found.place(row.data(), a, t);
           expected.place(row.data(), b, t);
+          found.place_bfloat(row.data(), a, t);
+          expected.place_bfloat(row.data(), b, t);
         }
+        place.buffers(h, i, "bfloat16 inputs");
         quantise.buffers(p, q, "codes, scales and sums");
         place.buffers(f, g, "inputs");
       }
@@ -450,7 +491,7 @@ void fill_panel(Random& random, const PackedFormat& format, size_t cols, uint8_t
       const float value = random.value();
       const uint16_t brain = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
       if (format.element == Element::Float32) std::memcpy(p + 4 * i, &value, 4);
-      else if (format.element == Element::BFloat16) std::memcpy(p + 2 * i, &brain, 2);
+      else if (format.element == Element::BFloat16 || format.element == Element::BFloat16Pairs) std::memcpy(p + 2 * i, &brain, 2);
       else half(p + 2 * i);
     }
     return;
@@ -493,12 +534,15 @@ void check_matmul(Case& test, const Kernels& found, const Kernels& reference, co
       Activations x;
       x.tokens = tokens, x.cols = cols, x.slots = tokens == 1 ? 1 : kLanes;
       Buffer codes(Activations::nbytes_int8(tokens, cols, x.slots)), floats(Activations::nbytes_float(tokens, cols, x.slots));
+      Buffer halves(Activations::nbytes_bfloat(tokens, cols, x.slots));
       x.place_int8(codes.data);
       x.place_float(floats.data);
+      x.place_bfloat(halves.data);
       for (size_t t = 0; t < tokens; ++t) {
         const std::vector<float> row = filled<float>(cols, [&] { return random.value(); });
         reference.rows.quantise(row.data(), x, t);
         reference.rows.place(row.data(), x, t);
+        reference.rows.place_bfloat(row.data(), x, t);
       }
       struct { size_t tile, slot, count; } const parts[] = {{0, 0, tokens < 16 ? tokens : 16}, {1, 0, 5}, {0, 3, 7}, {0, 15, 1}, {1, 2, 2}};
       for (size_t part = 0; part < (tokens == 1 ? 1u : tokens == 16 ? 1u : 5u); ++part) {
@@ -542,7 +586,8 @@ void check_line(Tier tier, const Kernels& found, const Kernels& reference, int b
 
 void check_matmuls(Tier tier, const Kernels& found, const Kernels& reference) {
   struct { const char* name; Element element; } const dense[] = {
-      {"float32", Element::Float32}, {"float16", Element::Float16}, {"bfloat16", Element::BFloat16}};
+      {"float32", Element::Float32}, {"float16", Element::Float16}, {"bfloat16", Element::BFloat16},
+      {"bfloat16 pairs", Element::BFloat16Pairs}};
   for (const auto& [name, element] : dense) {
     Case test(tier, name);
     PackedFormat format;

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from edgewise.core.numbers import bf16_to_float32, float32_to_bf16
 from edgewise.core.storage import Dense
 from edgewise.engine.plan import (
     Attention,
@@ -155,6 +156,12 @@ def round_activations(x: np.ndarray, block: int = 32, levels: int = 127) -> np.n
     return y.astype(x.dtype)
 
 
+def round_bfloat(x: np.ndarray) -> np.ndarray:
+    """x: (n, inputs) to the nearest bfloat16, ties to even; below 2^-56 to zero."""
+    near = bf16_to_float32(float32_to_bf16(x)).astype(x.dtype)
+    return np.where(np.abs(x) < 2.0**-56, 0, near)
+
+
 def round_kv(x: np.ndarray, kv: str) -> np.ndarray:
     """x: (n, head_dim) as the cache holds it: fp16, or codes of -127..127 or -7..7 per 32 dimensions."""
     if kv == "fp32":
@@ -176,8 +183,8 @@ class _Run:
         self.round_inputs = round_inputs
 
     def linear(self, linear: Linear, x: np.ndarray) -> np.ndarray:
-        if self.round_inputs and linear.activation == "int8":
-            x = round_activations(x)
+        if self.round_inputs and linear.activation != "float32":
+            x = round_activations(x) if linear.activation == "int8" else round_bfloat(x)
         y = x @ linear.weight.dense().astype(self.dtype).T
         return y if linear.bias is None else y + linear.bias
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from plans import MIXED, answer, biased, decoder, encoder_decoder, ids_for, logits, read, sessions
 from reference import forward
 
-from edgewise.engine.loading import session_of
-from edgewise.engine.plan import AttentionPolicy
+from edgewise.core.numbers import BF16
+from edgewise.core.storage import Dense
+from edgewise.engine.loading import in_floats, session_of
+from edgewise.engine.plan import AttentionPolicy, Experts, Linear
 from edgewise.native import _core
 from edgewise.native.probe import tiers
 
@@ -19,9 +23,29 @@ PLANS = {
     "codes": decoder(hidden=96, heads=16, kv_heads=1, head_dim=16, ffn=112, biases=True, context=N,
                      forms={"all": "int4/g32/fp16/min", "down": "int3/g16/fp16", "embedding": "F16",
                             "head": "int8/axis"}),
+    "bfloat16": in_floats(decoder(heads=3, kv_heads=1, layers=2, context=N, hidden=72, ffn=100), BF16),
     "biased": biased(decoder(heads=3, kv_heads=3, head_dim=32, context=N, forms={"all": "Q8_0", "embedding": "F32"},
                              hidden=64, ffn=96), most=100),
 }
+
+
+def routed(plan):
+    """The plan with three experts in each layer, two for a token: its own feed-forward and two like it."""
+    def expert(ffn, i):
+        return replace(ffn, **{part: replace(linear, name=f"{linear.name}.{i}", weight=Dense(turned(linear, i), BF16))
+                               for part in ("gate", "up", "down") for linear in [getattr(ffn, part)]})
+
+    def turned(linear, i):
+        return np.ascontiguousarray(np.roll(linear.weight.data, i, axis=0))
+
+    rng = np.random.default_rng(3)
+    return replace(plan, layers=tuple(
+        replace(layer, feed_forward=Experts(
+            Linear(f"router.{n}", Dense(rng.standard_normal((3, plan.hidden)).astype(np.float32)), None, "float32"),
+            tuple(expert(layer.feed_forward, i) for i in range(3)), 2, True)) for n, layer in enumerate(plan.layers)))
+
+
+PLANS["bfloat16 experts"] = routed(PLANS["bfloat16"])
 ANSWERED = {
     "float": encoder_decoder(layers=2, context=N),
     "codes": encoder_decoder(hidden=96, ffn=64, cross_groups=(6, 2), context=N, forms={

@@ -184,3 +184,19 @@ def test_minilm_embeddings(minilm):
     plan = plan_of(minilm.checkpoint)
     for mutation in ("head order", "mask", "position offset"):
         assert miss(native(MUTATIONS[mutation](plan), ids), minilm.output(ids)) > 100 * right, mutation
+
+
+@pytest.mark.parametrize(("form", "least"), [("fp16", 0.999999), ("bf16", 0.9999), ("int8/g32/fp16", 0.999)])
+def test_minilm_in_fewer_bits(minilm, form, least):
+    """Embeddings keep their direction within the bound of the format; the format is in use, for they are not exact."""
+    from real_models import mean_pooled
+
+    texts = ["A dog runs across the field.", "Interest rates rose by half a point.", "x", "Straße, naïve café: 北京 😀",
+             "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8,
+             "def mean(values): return sum(values) / len(values)"]
+    with collect_notices():
+        model, exact = (model_of(minilm.checkpoint, threads=2, format=name, cache=False) for name in (form, None))
+    found, expected = model.embed(texts).astype(np.float64), mean_pooled(minilm, texts).astype(np.float64)
+    cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosine.min() >= least, cosine
+    assert np.abs(found - exact.embed(texts)).max() > 1e-5

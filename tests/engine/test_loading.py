@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from edgewise.core.errors import (
     collect_notices,
 )
 from edgewise.core.numbers import QuantFormat
+from edgewise.core.storage import Dense
 from edgewise.engine import packing
 from edgewise.engine.archs import plan_of
-from edgewise.engine.loading import load, model_of, requantised
+from edgewise.engine.loading import formatted, load, model_of, requantised
 from edgewise.formats.gguf_file import GgufFile
 from edgewise.native.probe import tiers
 
@@ -183,6 +185,34 @@ class TestRequantised:
         assert np.abs(found - expected).mean() < 1e-3 * top
         assert np.abs(found - expected).max() < 3e-2 * top
         assert np.abs(expected - forward(plan_of(llama()), IDS)).mean() > 2e-3 * top  # the format itself costs more
+
+    @pytest.mark.parametrize("make", [llama, bert], ids=["llama", "bert"])
+    @pytest.mark.parametrize(("form", "worst"), [("fp32", 1e-5), ("fp16", 1e-5), ("BF16", 2e-2)])
+    def test_formats_without_a_scale(self, make, form, worst):
+        """Against the executor; an input in bfloat16 may fall the other way. The format itself changes the outcome."""
+        with collect_notices() as notices:
+            model = model_of(make(), threads=2, format=form, kv="fp32")
+            plan = formatted(plan_of(make()), form)
+        assert [n.kind for n in notices if n.kind != "info"] == []
+        found, expected = model.forward(IDS), forward(plan, IDS, activations="plan")
+        top = np.abs(expected).max()
+        assert np.abs(found - expected).max() < worst * top
+        if form != "fp32":
+            assert np.abs(expected - forward(plan_of(make()), IDS)).max() > 1e-4 * top
+        if form == "BF16":
+            exact = forward(plan, IDS)
+            assert np.abs(found - expected).mean() < np.abs(found - exact).mean()
+
+    def test_a_weight_that_fp16_cannot_hold(self):
+        checkpoint = llama()
+        name = "model.layers.1.mlp.up_proj.weight"
+        big = Dense(np.full(checkpoint.tensors[name].shape, 1e6, np.float32))
+        with collect_notices(), pytest.raises(InvalidValueError, match=r"up_proj.weight holds 1e\+06, which fp16 ends"):
+            model_of(replace(checkpoint, tensors={**checkpoint.tensors, name: big}), threads=1, format="fp16")
+
+    def test_bfloat16_inputs_come_with_the_format(self):
+        with pytest.raises(InvalidValueError, match="come with format='bf16'"):
+            model_of(llama(), threads=1, activations="bfloat16")
 
     def test_a_format_without_a_kernel_runs_as_floats_and_says_so(self):
         with collect_notices() as notices:

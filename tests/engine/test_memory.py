@@ -11,7 +11,8 @@ from plans import decoder, encoder
 from tiny_checkpoints import bert, gguf_file, llama
 
 from edgewise.core.errors import BudgetError, collect_notices
-from edgewise.engine.loading import model_of, session_of
+from edgewise.core.numbers import BF16
+from edgewise.engine.loading import in_floats, model_of, session_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.measure.memory import run_child
 
@@ -21,7 +22,8 @@ INTERPRETER_BYTES = 90e6
 KV = ["fp32", "fp16", "int8", "int4"]
 PLANS = {
     "plain": decoder(), "wide heads": decoder(heads=3, kv_heads=1, head_dim=80, layers=2, ffn=300),
-    "large vocabulary": decoder(vocab=140_000, hidden=16), "encoder": encoder()}
+    "large vocabulary": decoder(vocab=140_000, hidden=16), "encoder": encoder(),
+    "bfloat16": in_floats(encoder(), BF16)}
 
 
 @pytest.mark.parametrize("kv", KV)

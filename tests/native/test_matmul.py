@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from edgewise.core.numbers import bf16_to_float32
+from edgewise.core.numbers import bf16_to_float32, float32_to_bf16
 from edgewise.native import kernels
 from edgewise.native.io import block_layouts, decode_blocks
 from edgewise.native.kernels import KernelLine, Packed
@@ -41,9 +41,10 @@ def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes.reshape(tokens, -1)[:, :cols], np.repeat(scale, 32, axis=1)[:, :cols]
 
 
-def check(weight: Packed, dense: np.ndarray, x: np.ndarray, spread: np.ndarray, *, quantised: bool) -> np.ndarray:
+def check(weight: Packed, dense: np.ndarray, x: np.ndarray, spread: np.ndarray, *, quantised: bool,
+          round_inputs=lambda x: x) -> np.ndarray:
     """dense: the weight in float64. spread: (rows, cols), |scale * code| + |minimum|, what a kernel adds up."""
-    codes, scale = rounded(x) if quantised else (x, np.float32(1))
+    codes, scale = rounded(x) if quantised else (round_inputs(x), np.float32(1))
     exact_inputs = codes.astype(np.float64) * scale
     expected = exact_inputs @ dense.T
     results = [kernels.matmul(weight, x, tier) for tier in TIERS]
@@ -263,6 +264,7 @@ def floats(element: str, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
         return values, values
     if element == "float16":
         return values.astype(np.float16), values.astype(np.float16).astype(np.float32)
+    values[values == 0] = 1
     stored = (values.view(np.uint32) >> 16).astype(np.uint16)
     return stored, bf16_to_float32(stored)
 
@@ -279,6 +281,61 @@ def test_floats(element):
         many = check(packed, wide, x, np.abs(wide), quantised=False)
         for tier in TIERS:
             assert np.array_equal(kernels.matmul(packed, x[-1:], tier)[0], many[-1])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 9, 16, 17, 33])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (16, 32), (17, 31), (33, 100), (48, 65)])
+def test_bfloat16_pairs(rows, cols, tokens):
+    """Weights and inputs in bfloat16, in sums of float32: the exact sum, within float32 rounding."""
+    stored, dense = floats("bfloat16", rows, cols)
+    packed = kernels.pack_floats(stored, "bfloat16 pairs")
+    assert np.array_equal(packed.dense(), dense)
+    x, wide = inputs(tokens, cols), dense.astype(np.float64)
+    many = check(packed, wide, x, np.abs(wide), quantised=False, round_inputs=to_bfloat)
+    for tier in TIERS:
+        assert np.array_equal(kernels.matmul(packed, x[-1:], tier)[0], many[-1])
+
+
+def to_bfloat(x: np.ndarray) -> np.ndarray:
+    """Inputs of bfloat16 products: nearest, ties to even, nothing below 2^-56."""
+    near = bf16_to_float32(float32_to_bf16(x))
+    return np.where(np.abs(x) < 2.0**-56, np.float32(0), near)
+
+
+def test_bfloat16_pairs_add_the_odd_input_first_and_round_each_time():
+    """In the order of VDPBF16PS, on every tier: what float32 sums in another order, or in one step, would not give."""
+    rng = np.random.default_rng(0)
+    stored, dense = floats("bfloat16", 16, 64)
+    x = to_bfloat((rng.standard_normal((40, 64)) * 2.0 ** rng.integers(-9, 9, (40, 64))).astype(np.float32))
+
+    def in_order(columns):  # float64 holds a product of bfloat16, and its sum with a float32 of like size, exactly
+        total = np.zeros((40, 16), np.float32)
+        for k in columns:
+            total = (total + x[:, k, None].astype(np.float64) * dense[None, :, k]).astype(np.float32)
+        return total
+
+    expected, other = in_order(k ^ 1 for k in range(64)), in_order(range(64))
+    packed = kernels.pack_floats(stored, "bfloat16 pairs")
+    for tier in TIERS:
+        assert np.array_equal(kernels.matmul(packed, x, tier), expected)
+    assert not np.array_equal(expected, other)
+
+
+def test_bfloat16_pairs_know_nothing_below_2_to_the_minus_56():
+    """Smaller weights and inputs are zero, and the smallest that are left make sums that no tier takes for zero."""
+    edge = np.float32([2.0**-56, -(2.0**-56), 2.0**-57, -(2.0**-60), 2.0**-126, 1e-40, 0, 2.0**-56 * 1.0078125])
+    stored = np.tile(float32_to_bf16(edge), (16, 4))
+    packed = kernels.pack_floats(stored, "bfloat16 pairs")
+    kept = to_bfloat(np.tile(edge, (16, 4)))
+    assert np.array_equal(packed.dense(), kept)
+    x = np.zeros((3, 32), np.float32)
+    x[0], x[1, 7], x[1, 0], x[2] = 2.0**-57, 2.0**-56 * 1.0078125, -(2.0**-56) * 1.0078125, 1.0
+    found = [kernels.matmul(packed, x, tier) for tier in TIERS]
+    for result in found:
+        assert np.array_equal(result, found[0])
+    assert not found[0][0].any()
+    assert found[0][1, 0] == np.float32(2.0**-112 * (1.0078125**2 - 1.0078125))  # 2^-119 and a bit: products cancel
+    assert found[0][2, 0] == np.float32(4 * 2.0**-56 * 1.0078125)
 
 
 def test_float_extremes():

@@ -18,7 +18,8 @@ inline constexpr Tier kTiers[] = {
 #undef EDGEWISE_TIER
 };
 
-// The best tier this processor and build can run. Avx512 means F, BW, VL, DQ, VNNI and VBMI; NeonDot has the dot product
+// The best tier this processor and build can run. Avx512 means F, BW, VL, DQ, VNNI and VBMI, Avx512Bf16
+// products of bfloat16 too; NeonDot has the dot product
 // of bytes, NeonI8mm their matrix product too.
 Tier best_tier();
 

@@ -71,9 +71,10 @@ struct RowKernels {
   void (*add)(const float* x, size_t n, float* y);
   // up = f(gate) * up, or f(up) when gate is null, over n values (a multiple of 16).
   void (*gate)(Gate function, const float* gate, float* up, size_t n);
-  // One token into its slot of x: cols floats, padded with zeros.
+  // One token into its slot of x: cols values rounded to int8, as they are, or rounded to bfloat16; padded with zeros.
   void (*quantise)(const float* row, Activations& x, size_t token);
   void (*place)(const float* row, Activations& x, size_t token);
+  void (*place_bfloat)(const float* row, Activations& x, size_t token);
   // Where the highest of n values is, the first of equal ones; NaN is passed over, and without any number it is 0.
   size_t (*highest)(const float* x, size_t n);
   // Sum of e^(x - peak) over n values, peak their maximum.
@@ -94,7 +95,7 @@ inline constexpr size_t kAttentionScratch = kMaxQueries * kChunk + kLanes * kMax
 
 struct Kernels {
   Tier tier;
-  // Null for a format without a kernel. Unquantised weights take float inputs whatever is asked.
+  // Null for a format without a kernel. Unquantised weights take float inputs whatever is asked, bfloat16 pairs bfloat16.
   MatmulKernel (*matmul)(const PackedFormat& format, bool int8_inputs);
   RowKernels rows;
   AttentionKernels attention;

@@ -9,6 +9,9 @@
 
 namespace edgewise {
 
+// What the inputs of a linear are rounded to, as bits: linears that read the same may want several.
+enum class Input : unsigned { Int8 = 1, Float32 = 2, BFloat16 = 4 };
+
 struct Linear {
   PackedMatrix weight;
   std::vector<float> bias;  // (rows), with zeros up to whole panels; or empty
@@ -17,7 +20,10 @@ struct Linear {
   size_t cols() const { return weight.cols; }
   bool present() const { return weight.data != nullptr; }
   bool int8 = true;  // inputs are rounded to int8 per 32, where the weight is quantised
-  bool int8_inputs() const { return int8 && weight.format.quantised(); }
+  Input input() const {
+    if (weight.format.element == Element::BFloat16Pairs) return Input::BFloat16;
+    return int8 && weight.format.quantised() ? Input::Int8 : Input::Float32;
+  }
 };
 
 struct Norm {

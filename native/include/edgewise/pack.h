@@ -19,7 +19,7 @@ void pack_blocks(BlockType type, const uint8_t* raw, size_t rows, size_t cols, s
 void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* scales, const float* minima, size_t group,
                 size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out);
 
-// values: (rows, cols) float32, float16 or bfloat16 as the format's element says.
+// values: (rows, cols) float32, float16 or bfloat16 as the format's element says; in pairs, those below 2^-56 become zero.
 void pack_floats(const PackedFormat& format, const uint8_t* values, size_t rows, size_t cols, size_t begin, size_t end,
                  uint8_t* out);
 

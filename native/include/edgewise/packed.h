@@ -7,7 +7,7 @@
 //   2 bits   2 x 64 bytes: load i holds inputs 16i+4c..16i+4c+3 in the bit pairs c = 0..3;
 //   1 bit    1 x 64 bytes: bit j holds inputs 4j..4j+3;
 //   3, 5, 6 bits   the planes of 2+1, 4+1, 4+2 bits, low bits first.
-// A float panel is K columns of 16 values.
+// A float panel is K columns of 16 values; of bfloat16 pairs, K / 2 columns of two inputs of each row.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,8 +22,11 @@ inline constexpr size_t kLanes = 16;
 inline constexpr size_t kBlock = 32;
 // Inputs below this count as zero: their scale would be subnormal, and codes would not fit a byte.
 inline constexpr float kSmallestPeak = 1e-35f;
+// Inputs and weights of bfloat16 pairs below 2^-56 count as zero: what is left are multiples of 2^-63, so that no sum of
+// products is subnormal, and instructions that take such sums for zero agree with those that do not.
+inline constexpr uint16_t kSmallestBFloat = (127 - 56) << 7;
 
-enum class Element : uint8_t { Float32, Float16, BFloat16, Integer, Table };
+enum class Element : uint8_t { Float32, Float16, BFloat16, BFloat16Pairs, Integer, Table };
 enum class ScaleType : uint8_t { Float16, Float32, Exponent, Nested };
 
 struct PackedFormat {
@@ -56,7 +59,7 @@ struct PackedMatrix {
 
 // Inputs of a matmul for up to `capacity` tokens, in tiles of `slots` (1 or 16) so that a kernel reads them in order.
 // For tile t, block b and slot s:  q[((t * blocks + b) * slots + s) * 32 ...], scale[(t * blocks + b) * slots + s].
-// Floats lie as the codes do: f[((t * blocks + b) * slots + s) * 32 ...].
+// Floats and bfloat16 lie as the codes do: f[((t * blocks + b) * slots + s) * 32 ...].
 struct Activations {
   size_t tokens = 0, cols = 0, slots = 1;
   EDGEWISE_INLINE size_t blocks() const { return (cols + kBlock - 1) / kBlock; }
@@ -71,12 +74,15 @@ struct Activations {
   float* sum_low = nullptr;             // ... its first 16, and its last 16
   float* sum_high = nullptr;
   float* f = nullptr;
+  uint16_t* bf = nullptr;
 
   static size_t nbytes_int8(size_t tokens, size_t cols, size_t slots);
   static size_t nbytes_float(size_t tokens, size_t cols, size_t slots);
-  // Lay the int8 or the float fields over a buffer of at least that many bytes, 64-byte aligned.
+  static size_t nbytes_bfloat(size_t tokens, size_t cols, size_t slots);
+  // Lay the int8, the float or the bfloat16 fields over a buffer of at least that many bytes, 64-byte aligned.
   void place_int8(uint8_t* buffer);
   void place_float(uint8_t* buffer);
+  void place_bfloat(uint8_t* buffer);
 };
 
 }  // namespace edgewise

@@ -108,7 +108,10 @@ class Session {
     bool add;
   };
   struct Inputs {
-    Activations int8, floats;
+    Activations int8, floats, bfloats;
+    const Activations& of(const Linear& linear) const {
+      return linear.input() == Input::Int8 ? int8 : linear.input() == Input::Float32 ? floats : bfloats;
+    }
   };
   struct ExpertKernels {
     MatmulKernel gate, up, down;
@@ -139,11 +142,11 @@ class Session {
     if (thread == 0 && profile_.on()) profile_.mark(now);
   }
   Operator operator_of(size_t phase) const;
-  MatmulKernel kernel_for(const Linear& linear) const;
+  MatmulKernel kernel_for(const Linear& linear);
   void embed(size_t thread);
   void run_layer(size_t index, size_t thread);
   template <class Row>
-  Inputs prepare(size_t thread, size_t cols, size_t tokens, bool int8, bool floats, Site site, Row row);
+  Inputs prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row);
   void multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens);
   void multiply_one(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs);
   void gate_and_up_one(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase);
@@ -158,7 +161,9 @@ class Session {
   void feed_groups(const Experts& experts, const LayerKernels& k);
   void choose(const Experts& experts, size_t token, int32_t* chosen, float* weights) const;
   void group(const Experts& experts);
-  Inputs place(size_t tokens, size_t cols, size_t slots, bool int8, bool floats, uint8_t* buffer) const;
+  static Inputs place(size_t tokens, size_t cols, size_t slots, unsigned wanted, uint8_t* buffer);
+  void convert(const float* row, Inputs& inputs, size_t token) const;
+  size_t inputs_nbytes(size_t tokens, size_t slots) const;
   template <class Row>
   void convert_groups(Inputs Group::*inputs, Row row);
   void expert_panel(const FeedForward& expert, const ExpertKernels& k, const Inputs& inputs, size_t tile, size_t panel,
@@ -231,7 +236,8 @@ class Session {
   std::vector<Pages> thread_rows_;
   std::vector<Pages> thread_attention_;
   Pages partial_;                     // chunks of one token's attention
-  size_t input_nbytes_int8_ = 0, max_cols_ = 0;
+  size_t max_cols_ = 0;
+  bool bfloats_ = false;  // some linear takes bfloat16 inputs
   Pages logits_;
   size_t logits_rows_ = 0, logits_stride_ = 0;
   std::vector<float> last_logits_;

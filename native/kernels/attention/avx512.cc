@@ -1,3 +1,4 @@
+#define EDGEWISE_AVX512 avx512
 #include "edgewise/kernels.h"
 #include "kernels/lanes_avx512.h"
 

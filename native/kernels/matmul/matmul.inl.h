@@ -354,6 +354,55 @@ void float_panels(const PackedMatrix& w, size_t panel, size_t panels, const Acti
   for (; i < panels; ++i) float_tiles<E, 1, kTile>(w, panel + i, x, f, count, from_panel(out, i), ahead);
 }
 
+template <int Panels, int Tokens>
+inline void bfloat_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const uint16_t* x, size_t slots, const Products& out,
+                        const Ahead& ahead) {
+  Floats sum[Panels * Tokens];
+  for (int i = 0; i < Panels * Tokens; ++i) sum[i] = zero();
+  for (size_t first = 0; first < cols; first += kBlock, x += slots * kBlock) {
+    const size_t count = cols - first < kBlock ? cols - first : kBlock;
+    for (size_t k = 0; k < count; k += 2, p += 64) {
+      Codes w[Panels];
+#pragma GCC unroll 4
+      for (int i = 0; i < Panels; ++i) {
+        const uint8_t* panel = p + static_cast<size_t>(i) * panel_nbytes;
+        prefetch(ahead.of(panel));
+        w[i] = load_codes(panel);
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 4
+        for (int i = 0; i < Panels; ++i)
+          sum[i * Tokens + t] = dot2(sum[i * Tokens + t], w[i], x + static_cast<size_t>(t) * kBlock + k);
+      }
+    }
+  }
+  for (int i = 0; i < Panels; ++i)
+    for (int t = 0; t < Tokens; ++t) put(out, static_cast<size_t>(t), static_cast<size_t>(i), sum[i * Tokens + t]);
+}
+
+template <int Panels, int Tokens>
+inline void bfloat_tiles(const PackedMatrix& w, size_t panel, const Activations& x, const uint16_t* bf, size_t count,
+                         const Products& out, const Ahead& ahead) {
+  const uint8_t* p = w.panel(panel);
+  size_t t = 0;
+  for (; t + Tokens <= count; t += Tokens)
+    bfloat_tile<Panels, Tokens>(p, w.panel_nbytes, w.cols, bf + t * kBlock, x.slots, from_token(out, t), ahead);
+  if constexpr (Tokens > 4)
+    for (; t + 4 <= count; t += 4)
+      bfloat_tile<Panels, 4>(p, w.panel_nbytes, w.cols, bf + t * kBlock, x.slots, from_token(out, t), ahead);
+  for (; t < count; ++t) bfloat_tile<Panels, 1>(p, w.panel_nbytes, w.cols, bf + t * kBlock, x.slots, from_token(out, t), ahead);
+}
+
+void bfloat_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
+                   size_t count, const Products& out, const Ahead& ahead) {
+  const uint16_t* bf = x.bf + (tile * x.blocks() * x.slots + slot) * kBlock;
+  size_t i = 0;
+  if constexpr (kTile >= 16)
+    for (; i + 2 <= panels; i += 2) bfloat_tiles<2, kTile / 2>(w, panel + i, x, bf, count, from_panel(out, i), ahead);
+  for (; i < panels; ++i) bfloat_tiles<1, kTile>(w, panel + i, x, bf, count, from_panel(out, i), ahead);
+}
+
 }  // namespace
 
 MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs) {
@@ -361,6 +410,7 @@ MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs) {
     case Element::Float32: return &float_panels<Element::Float32>;
     case Element::Float16: return &float_panels<Element::Float16>;
     case Element::BFloat16: return &float_panels<Element::BFloat16>;
+    case Element::BFloat16Pairs: return &bfloat_panels;
     default: break;
   }
   const Kind kind = format.element == Element::Table ? Kind::Table : format.has_min ? Kind::Minimum : Kind::Symmetric;

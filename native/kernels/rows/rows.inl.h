@@ -115,6 +115,16 @@ size_t highest(const float* x, size_t n) {
   return at;
 }
 
+void place_bfloat(const float* row, Activations& x, size_t token) {
+  const size_t blocks = x.blocks(), tile = token / x.slots, slot = token % x.slots;
+  for (size_t b = 0; b < blocks; ++b) {
+    const size_t from = b * kBlock;
+    uint16_t* bf = x.bf + ((tile * blocks + b) * x.slots + slot) * kBlock;
+    store_bfloat(bf, load_tail(row + from, x.cols - from));
+    store_bfloat(bf + kLanes, x.cols - from > kLanes ? load_tail(row + from + kLanes, x.cols - from - kLanes) : zero());
+  }
+}
+
 float sum_of_exponentials(const float* x, float peak, size_t n) {
   const Floats top = set1(peak);
   Floats totals[4];  // four chains of additions, so that they do not wait for one another
@@ -133,4 +143,6 @@ float sum_of_exponentials(const float* x, float peak, size_t n) {
 
 }  // namespace
 
-RowKernels row_kernels() { return {&rms_norm, &layer_norm, &add_rows, &gate_rows, &quantise, &place, &highest, &sum_of_exponentials}; }
+RowKernels row_kernels() {
+  return {&rms_norm, &layer_norm, &add_rows, &gate_rows, &quantise, &place, &place_bfloat, &highest, &sum_of_exponentials};
+}

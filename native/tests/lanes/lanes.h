@@ -22,6 +22,7 @@ struct LaneFunctions {
   void (*load_int8)(const int8_t* p, float* out);
   void (*load_uint8)(const uint8_t* p, float* out);
   void (*store_half)(const float* a, uint16_t* out);
+  void (*store_bfloat)(const float* a, uint16_t* out);
   // to_ints, and the three ways out of Ints.
   void (*round_to_ints)(const float* a, int8_t* bytes, float* floats, int32_t* sum);
   float (*reduce_add)(const float* a);
@@ -31,6 +32,8 @@ struct LaneFunctions {
   void (*shift_codes)(const uint8_t* codes, int n, uint8_t mask, float* right, float* left);
   // start_full / set1_ints(sum) << 1, then sums over `count` times four inputs.
   void (*dot4)(int32_t sum, const uint8_t* codes, const int8_t* x, int count, float* out);
+  // Sixteen pairs and one, of bfloat16.
+  void (*dot2)(const float* sum, const uint16_t* pairs, const uint16_t* x, float* out);
   void (*dot4_full)(int32_t negated_sum, const uint8_t* codes, const int8_t* x, int count, float* out);
 };
 

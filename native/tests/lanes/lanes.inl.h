@@ -38,6 +38,7 @@ LaneFunctions lane_functions() {
 #undef LOAD
   f.first = [](int n, const float* a, const float* b, float* out) { store(out, first(n, load(a), load(b))); };
   f.store_half = [](const float* a, uint16_t* out) { store_half(out, load(a)); };
+  f.store_bfloat = [](const float* a, uint16_t* out) { store_bfloat(out, load(a)); };
   f.round_to_ints = [](const float* a, int8_t* bytes, float* floats, int32_t* sum) {
     const Ints rounded = to_ints(load(a));
     store_int8(bytes, rounded);
@@ -58,6 +59,9 @@ LaneFunctions lane_functions() {
     Ints total = shift_left(set1_ints(sum), 1);
     for (int i = 0; i < count; ++i) total = dot4(total, load_codes(codes + 64 * i), x + 4 * i);
     store(out, to_floats(total));
+  };
+  f.dot2 = [](const float* sum, const uint16_t* pairs, const uint16_t* x, float* out) {
+    store(out, dot2(load(sum), load_codes(reinterpret_cast<const uint8_t*>(pairs)), x));
   };
   f.dot4_full = [](int32_t negated_sum, const uint8_t* codes, const int8_t* x, int count, float* out) {
     Ints total = start_full(negated_sum);

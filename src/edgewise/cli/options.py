@@ -33,7 +33,7 @@ Kv = Annotated[str | None, typer.Option("--kv", help="Number format of the KV ca
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; by default the physical cores that "
                                              "this process may use.", rich_help_panel=_LOADING, show_default=False)]
 Format = Annotated[str | None, typer.Option("--format", help="Round the linear weights to this format while loading, "
-                                            "such as int4/g32/fp16/min.", rich_help_panel=_LOADING,
+                                            "such as int4/g32/fp16/min, fp16 or bf16.", rich_help_panel=_LOADING,
                                             show_default=False)]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep the packed weights for the next start.",
                                      rich_help_panel=_LOADING)]

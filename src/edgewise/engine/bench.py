@@ -19,10 +19,11 @@ import numpy as np
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.device import Device
 from edgewise.core.errors import ContextOverflowError, InvalidValueError, UnsupportedError, notice
+from edgewise.core.numbers import BF16
 from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.workload import Workload
 from edgewise.engine.archs import plan_of
-from edgewise.engine.loading import model_of
+from edgewise.engine.loading import PLAIN, model_of
 from edgewise.engine.model import LanguageModel, native_errors
 from edgewise.engine.plan import Plan
 from edgewise.engine.workload import arithmetic, workload_of
@@ -246,12 +247,14 @@ def _row(timing: Timing, plan: Plan, model: LanguageModel, limits: Limits, forma
     # A decode step halfway through the test stands for all of them.
     load = workload_of(plan, model.packed.matrices, tokens=1 if decode else test.tokens,
                        depth=test.depth + test.tokens // 2 if decode else test.depth, batch=int(model.session.batch),
-                       kv=model.kv, int8=True if format is not None else None)
+                       kv=model.kv, int8=None if format is None else format.lower() not in PLAIN)
     per_s = speed.median if decode else speed.median / test.tokens
     bandwidth = per_s * load.moved_bytes
     work = arithmetic(load)
     kind = "int8" if work.get("int8") else "fp32"
     peak = limits.int8_ops_per_s if kind == "int8" else limits.fp32_ops_per_s
+    if format is not None and PLAIN.get(format.lower()) == BF16:
+        kind, peak, work = "bf16", None, {"bf16": sum(work.values())}  # a peak of its own, which is not probed
     if decode:
         roof, share = "memory read", _share(bandwidth, limits.read_bytes_per_s)
     else:

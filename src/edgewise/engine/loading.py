@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import BudgetError, InvalidValueError, notice
-from edgewise.core.numbers import QuantFormat, quantize
-from edgewise.core.storage import QuantizedTensor
+from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, float32_to_bf16, quantize
+from edgewise.core.storage import Dense, QuantizedTensor
 from edgewise.data.chat import chat_template_of
 from edgewise.data.tokenizer import Tokenizer, tokenizer_of
 from edgewise.engine.archs import plan_of
@@ -32,6 +32,10 @@ from edgewise.native import _core  # type: ignore[attr-defined]
 __all__ = ["load", "model_of", "session_of"]
 
 Progress = Callable[[str, int, int], None]
+_ACTIVATIONS: tuple[Activation, ...] = ("int8", "float32")
+"""What a quantised weight may run on."""
+PLAIN = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
+"""Formats without a scale, by the names that `format` takes."""
 SMALLEST_CONTEXT = 256
 """What --memory may shrink the context to before it is an error."""
 
@@ -43,7 +47,8 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
          progress: Progress | None = None) -> LanguageModel:
     """Open a model by path, short name, hub repository or wheel, ready to run.
 
-    format: requantise every linear of the layers to this format by rounding to nearest ("int4/g32/fp16/min").
+    format: round every linear of the layers to this format: "int4/g32/fp16/min", or without a scale "fp32", "fp16" or
+    "bf16"; with "bf16" the linears' inputs are bfloat16 too.
     memory_bytes: cap on weights + KV cache + scratch; the context shrinks to fit when it is not given.
     A model that `edgewise fit` wrote brings its own kv, and its context and memory where neither is given.
     threads: physical cores that this process may use, by default. context: positions, at most the model's own.
@@ -92,10 +97,11 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     threads = threads or tuning.threads or usable_cores().usable
     plan = plan_of(checkpoint)
     if format is not None:
-        plan = requantised(plan, QuantFormat.parse(format) if isinstance(format, str) else format)
+        plan = formatted(plan, format)
     if activations is not None:
-        if activations not in get_args(Activation):
-            raise InvalidValueError(f"activations are {' or '.join(get_args(Activation))}; given {activations!r}")
+        if activations not in _ACTIVATIONS:
+            hint = "; bfloat16 inputs come with format='bf16'" if activations == "bfloat16" else ""
+            raise InvalidValueError(f"activations are {' or '.join(_ACTIVATIONS)}; given {activations!r}{hint}")
         chosen = activations
 
         def running(source: Linear) -> Linear:
@@ -142,7 +148,8 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
 def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:
     """How each weight of a plan is packed, by name; and the name of each stored object, by id()."""
     weights = unique((linear.key, linear.weight) for linear in linears_of(plan))
-    return ({name: recipe_of(name, stored) for name, stored in weights.items()},
+    pairs = {id(linear.weight) for linear in linears_of(plan) if linear.activation == "bfloat16"}
+    return ({name: recipe_of(name, stored, pairs=id(stored) in pairs) for name, stored in weights.items()},
             {id(stored): name for name, stored in weights.items()})
 
 
@@ -179,22 +186,50 @@ def without_tensors(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors={})
 
 
+def formatted(plan: Plan, format: str | QuantFormat) -> Plan:
+    """Every linear of the layers in a format, as `load` takes it; embedding, head and routers stay as stored."""
+    number = PLAIN.get(format.strip().lower()) if isinstance(format, str) else None
+    if number is not None:
+        return in_floats(plan, number)
+    return requantised(plan, QuantFormat.parse(format) if isinstance(format, str) else format)
+
+
+def in_floats(plan: Plan, number: NumberFormat) -> Plan:
+    """Every linear of the layers as plain FP32, FP16 or BF16, rounded to nearest; in BF16 on inputs in BF16."""
+    notice("info", f"weights in {number}" + (", and the inputs they are multiplied with" if number == BF16 else ""),
+           where="load")
+
+    def plain(source: Linear) -> Linear:
+        values = np.asarray(source.weight.dense(), np.float32)
+        if number == BF16:
+            return replace(source, weight=Dense(float32_to_bf16(values), BF16), activation="bfloat16")
+        if number == FP16 and (peak := float(np.abs(values).max(initial=0.0))) > FP16.max_value:
+            raise InvalidValueError(f"{source.name} holds {peak:.4g}, which fp16 ends before ({FP16.max_value:.0f}); "
+                                    "take bf16 or fp32")
+        return replace(source, weight=Dense(values.astype(np.float16) if number == FP16 else values, number),
+                       activation="float32")
+
+    return _with_linears(plan, plain)
+
+
+def _with_linears(plan: Plan, change: Callable[[Linear], Linear]) -> Plan:
+    """The plan with every linear of its layers changed but the routers of experts."""
+    kept = {id(router) for layer in plan.layers if isinstance(layer.feed_forward, Experts)
+            for router in (layer.feed_forward.router, layer.feed_forward.shared_gate)}
+    return plan_with(plan, lambda source: source if id(source) in kept else change(source))
+
+
 def requantised(plan: Plan, fmt: QuantFormat) -> Plan:
     """Every linear of the layers rounded to nearest under `fmt`; embedding, head and routers stay as stored."""
     notice("info", f"weights requantised to {fmt} by rounding to nearest", where="load")
 
-    kept = {id(router) for layer in plan.layers if isinstance(layer.feed_forward, Experts)
-            for router in (layer.feed_forward.router, layer.feed_forward.shared_gate)}
-
     def rounded(source: Linear) -> Linear:
-        if id(source) in kept:
-            return source
         codes, scales, zero = quantize(np.asarray(source.weight.dense()), fmt)
         weight = QuantizedTensor(codes, scales, fmt, zeros=zero if fmt.zero == "int" else None,
                                  minima=zero if fmt.zero == "min" else None)
         return replace(source, weight=weight, activation="int8")
 
-    return plan_with(plan, rounded)
+    return _with_linears(plan, rounded)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ These mirror the allocations of native/engine/session.cc; a test holds them agai
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from edgewise.engine.build import linears_of
 from edgewise.engine.plan import Attention, CrossAttention, Experts, Plan
 
 __all__ = ["kv_bytes", "scratch_bytes"]
@@ -58,16 +61,17 @@ def _attentions(plan: Plan) -> list[Attention | CrossAttention]:
     return found + [layer.cross for layer in plan.layers if layer.cross is not None]
 
 
-def _inputs_bytes(tokens: int, cols: int, slots: int) -> tuple[int, int]:
-    """Activations of a pass as int8 with their scales and sums, and as floats."""
+def _inputs_bytes(tokens: int, cols: int, slots: int, bfloats: bool) -> int:
+    """Activations of a pass as int8 with their scales and sums, as floats, and as bfloat16 where a linear wants it."""
     blocks = _up(cols, 32) // 32
     cells = _up(tokens, slots) * blocks
-    return _up(cells * 32, 64) + 6 * _up(cells * 4, 64), _up(cells * 32 * 4, 64)
+    return _up(cells * 32, 64) + 6 * _up(cells * 4, 64) + _up(cells * 32 * 4, 64) + bfloats * _up(cells * 32 * 2, 64)
 
 
 def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
     """Buffers of a pass of `batch` tokens, of attention, logits and rotary tables; an encoder's own are added."""
     attentions = _attentions(plan)
+    bfloats = any(linear.activation == "bfloat16" for linear in linears_of(replace(plan, encoder=None)))
     q_width = max(attention.heads * attention.head_dim for attention in attentions)
     kv_width = max(attention.kv_heads * attention.head_dim for attention in attentions)
     ffn_width = max(part.up.weight.shape[0] for layer in plan.layers for part in layer.feed_forwards)
@@ -80,8 +84,8 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
         rows += _up(plan.hidden, 16)
     chunks = -(-context // _CHUNK)
     partial = max(layer.attention.heads * chunks * (_up(layer.attention.head_dim, 32) + 2) for layer in plan.layers)
-    shared = sum(_inputs_bytes(max(batch, 16), cols, 16))
-    own = sum(_inputs_bytes(1, cols, 1)) + _up(cols, 16) * 4
+    shared = _inputs_bytes(max(batch, 16), cols, 16, bfloats)
+    own = _inputs_bytes(1, cols, 1, bfloats) + _up(cols, 16) * 4
     attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + 3 * _MAX_QUERIES * _MAX_HEAD_DIM) * 4
     total = batch * rows * 4 + partial * 4 + shared + threads * (own + attention)
     if plan.encoder is not None:
@@ -91,8 +95,8 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
         experts = max(len(part.experts) + (part.shared is not None) for part in routed)
         entries = batch * per_token
         tiles = (entries + 15 * min(entries, experts)) // 16  # each expert's tokens fill tiles of 16
-        total += batch * scores * 4 + tiles * sum(_inputs_bytes(16, cols, 16))
-        total += threads * per_token * sum(_inputs_bytes(1, cols, 1))
+        total += batch * scores * 4 + tiles * _inputs_bytes(16, cols, 16, bfloats)
+        total += threads * per_token * _inputs_bytes(1, cols, 1, bfloats)
     if plan.head is not None:
         stride = _up(plan.vocab, 16) * 4
         total += min(max(_LOGITS_BYTES // stride, 1), 16) * stride

@@ -57,8 +57,8 @@ class Recipe:
     write: Callable[[Bytes], None]
 
 
-def recipe_of(name: str, stored: Stored) -> Recipe:
-    """The packed form of a (out, in) weight. name: for notices."""
+def recipe_of(name: str, stored: Stored, *, pairs: bool = False) -> Recipe:
+    """The packed form of a (out, in) weight. name: for notices. pairs: for bfloat16 inputs."""
     rows, cols = stored.shape
     if isinstance(stored, Blocks):
         native = _core.PackedFormat.of_blocks(stored.codec.name)
@@ -76,14 +76,14 @@ def recipe_of(name: str, stored: Stored) -> Recipe:
         notice("fallback", f"{stored.format} has no integer kernel; the weight runs as 16-bit floats", where=name)
         return _floats(Dense(stored.dense().astype(np.float16), FP16))
     if isinstance(stored, Dense):
-        return _floats(stored)
+        return _floats(stored, pairs)
     notice("fallback", f"{stored!r} runs as 16-bit floats", where=name)
     return _floats(Dense(stored.dense().astype(np.float16), FP16))
 
 
-def _floats(stored: Dense) -> Recipe:
+def _floats(stored: Dense, pairs: bool = False) -> Recipe:
     rows, cols = stored.shape
-    names: dict[NumberFormat, str] = {FP32: "float32", FP16: "float16", BF16: "bfloat16"}
+    names: dict[NumberFormat, str] = {FP32: "float32", FP16: "float16", BF16: "bfloat16 pairs" if pairs else "bfloat16"}
     native = _core.PackedFormat(names[stored.number])
 
     def write(out: Bytes) -> None:

@@ -20,8 +20,10 @@ __all__ = ["Activation", "Attention", "AttentionPolicy", "CrossAttention", "Expe
            "Norm", "Plan", "RelativeBias", "Rope", "for_context", "layer_with", "plan_with"]
 
 Float32 = NDArray[np.float32]
-Activation = Literal["int8", "float32"]
-"""Inputs of a linear: int8 with one float32 scale per 32 inputs, or float32."""
+Activation = Literal["int8", "float32", "bfloat16"]
+"""Inputs of a linear: int8 with one float32 scale per 32 inputs, float32, or bfloat16 where the weight is bfloat16 too.
+
+In products of bfloat16, values below 2^-56 count as zero; sums are float32."""
 
 
 @dataclass(frozen=True, eq=False)

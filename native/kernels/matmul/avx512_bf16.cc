@@ -1,0 +1,7 @@
+#define EDGEWISE_AVX512 avx512_bf16
+#include "edgewise/kernels.h"
+#include "kernels/lanes_avx512.h"
+
+namespace edgewise::avx512_bf16 {
+#include "kernels/matmul/matmul.inl.h"
+}  // namespace edgewise::avx512_bf16
