@@ -84,6 +84,7 @@ static inline void store_int8(int8_t* p, Ints a) {
 }
 
 static inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
+static inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline Ints set1_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
 static inline Ints shift_left(Ints a, int n) { return {_mm512_slli_epi32(a.v, static_cast<unsigned>(n))}; }
 

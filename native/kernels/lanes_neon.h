@@ -115,6 +115,7 @@ static inline void store_int8(int8_t* p, Ints x) {
 
 static inline Ints set1_ints(int32_t x) { return each<Ints>([=](int) { return vdupq_n_s32(x); }); }
 static inline Ints zero_ints() { return set1_ints(0); }
+static inline Ints add(Ints x, Ints y) { return each<Ints>([&](int i) { return vaddq_s32(x.v[i], y.v[i]); }); }
 static inline Ints shift_left(Ints x, int n) {
   return each<Ints>([&](int i) { return vshlq_s32(x.v[i], vdupq_n_s32(n)); });
 }

@@ -98,6 +98,7 @@ static inline void store_int8(int8_t* p, Ints a) {
 }
 
 static inline Ints zero_ints() { return each_int([](int) { return 0; }); }
+static inline Ints add(Ints a, Ints b) { return each_int([&](int i) { return a.v[i] + b.v[i]; }); }
 static inline Ints set1_ints(int32_t x) { return each_int([=](int) { return x; }); }
 static inline Ints shift_left(Ints a, int n) { return each_int([&](int i) { return a.v[i] * (1 << n); }); }
 

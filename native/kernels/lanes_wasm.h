@@ -168,6 +168,7 @@ static inline void store_int8(int8_t* p, Ints x) {
 
 static inline Ints set1_ints(int32_t x) { return each<Ints>([=](int) { return wasm_i32x4_splat(x); }); }
 static inline Ints zero_ints() { return set1_ints(0); }
+static inline Ints add(Ints x, Ints y) { return each<Ints>([&](int i) { return wasm_i32x4_add(x.v[i], y.v[i]); }); }
 static inline Ints shift_left(Ints x, int n) {
   return each<Ints>([&](int i) { return wasm_i32x4_shl(x.v[i], static_cast<uint32_t>(n)); });
 }

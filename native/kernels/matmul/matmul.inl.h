@@ -84,16 +84,17 @@ inline Floats load_scale(const uint8_t* p, ScaleType type) {
 
 enum class Kind { Symmetric, Minimum, Table };
 
-template <int Bits_, Kind kKind_, bool Nested_, bool Halves_>
+template <int Bits_, Kind kKind_, bool Nested_, bool Halves_, bool Plain_ = false>
 struct Format {
   static constexpr int Bits = Bits_;
   static constexpr Kind kKind = kKind_;
   static constexpr bool Nested = Nested_;  // integer sub-scales under a half-precision scale
   static constexpr bool Halves = Halves_;  // two scales in a block of 32 inputs
+  static constexpr bool Plain = Plain_;    // one half-precision scale, and minimum, for each block: nothing left to ask
 };
 
 // A dot product of 16 or 32 inputs, codes already centred.
-template <class F, int From, int To>
+template <class F, int From, int To, bool Short>
 inline Ints dot(const Codes* c, const int8_t* x, int32_t negated_sum) {
   constexpr bool full = F::Bits == 8 || F::kKind == Kind::Table;  // bytes centred at 128
   Ints sum;
@@ -103,6 +104,14 @@ inline Ints dot(const Codes* c, const int8_t* x, int32_t negated_sum) {
     sum = shift_left(set1_ints(negated_sum), F::Bits - 1);
   else
     sum = zero_ints();
+  if constexpr (Short) {
+    Ints other = zero_ints();
+    for (int i = From; i < To; i += 2) {
+      sum = full ? dot4_full(sum, c[i], x + 4 * i) : dot4(sum, c[i], x + 4 * i);
+      other = full ? dot4_full(other, c[i + 1], x + 4 * (i + 1)) : dot4(other, c[i + 1], x + 4 * (i + 1));
+    }
+    return add(sum, other);
+  }
   for (int i = From; i < To; ++i) {
     if constexpr (full)
       sum = dot4_full(sum, c[i], x + 4 * i);
@@ -120,25 +129,31 @@ struct Scales {
 // Walks the records of a panel: head() at the start of each, then scales() and codes for each block of it.
 template <class F>
 struct PanelReader {
+  static constexpr size_t block_nbytes = kLanes * kBlock * F::Bits / 8;
   const PackedFormat& format;
-  size_t per_record, scale_nbytes, header, block_nbytes;
+  const size_t general_per_record, general_header;
   const uint8_t* p;
   const uint8_t* record = nullptr;
   Floats super{}, super_min{};
 
   explicit inline PanelReader(const PackedFormat& f, const uint8_t* panel)
-      : format(f), per_record(f.record_inputs / kBlock), scale_nbytes(kLanes * f.scale_nbytes()), header(f.header_nbytes()),
-        block_nbytes(f.block_nbytes()), p(panel) {}
+      : format(f), general_per_record(F::Plain ? 1 : f.record_inputs / kBlock), general_header(F::Plain ? 0 : f.header_nbytes()),
+        p(panel) {}
+
+  inline size_t per_record() const { return F::Plain ? 1 : F::Nested ? 8 : general_per_record; }
+  inline size_t header() const { return F::Plain ? (F::kKind == Kind::Minimum ? 4 : 2) * kLanes : general_header; }
+  inline ScaleType scale_type() const { return F::Plain ? ScaleType::Float16 : format.scale; }
+  inline size_t scale_nbytes() const { return F::Plain ? 2 * kLanes : kLanes * format.scale_nbytes(); }
 
   inline void head() {
     record = p;
-    p += header;
+    p += header();
     if constexpr (F::Nested) {
       super = load_half(reinterpret_cast<const uint16_t*>(record));
       if constexpr (F::kKind == Kind::Minimum) super_min = load_half(reinterpret_cast<const uint16_t*>(record + 32));
     } else if constexpr (!F::Halves) {
-      super = load_scale(record, format.scale);
-      if constexpr (F::kKind == Kind::Minimum) super_min = load_scale(record + scale_nbytes, format.scale);
+      super = load_scale(record, scale_type());
+      if constexpr (F::kKind == Kind::Minimum) super_min = load_scale(record + scale_nbytes(), scale_type());
     }
   }
 
@@ -151,18 +166,18 @@ struct PanelReader {
       s.low = mul(load_int8(reinterpret_cast<const int8_t*>(sub)), super);
       s.high = F::Halves ? mul(load_int8(reinterpret_cast<const int8_t*>(sub + kLanes)), super) : s.low;
       if constexpr (F::kKind == Kind::Minimum) {
-        const uint8_t* m = sub + per_record * subs * kLanes;
+        const uint8_t* m = sub + per_record() * subs * kLanes;
         s.min_low = mul(load_uint8(m), super_min);
         s.min_high = F::Halves ? mul(load_uint8(m + kLanes), super_min) : s.min_low;
       }
     } else if constexpr (F::Halves) {
-      const uint8_t* at = record + b * 2 * scale_nbytes;
-      s.low = load_scale(at, format.scale);
-      s.high = load_scale(at + scale_nbytes, format.scale);
+      const uint8_t* at = record + b * 2 * scale_nbytes();
+      s.low = load_scale(at, scale_type());
+      s.high = load_scale(at + scale_nbytes(), scale_type());
       if constexpr (F::kKind == Kind::Minimum) {
-        const uint8_t* m = at + per_record * 2 * scale_nbytes;
-        s.min_low = load_scale(m, format.scale);
-        s.min_high = load_scale(m + scale_nbytes, format.scale);
+        const uint8_t* m = at + per_record() * 2 * scale_nbytes();
+        s.min_low = load_scale(m, scale_type());
+        s.min_high = load_scale(m + scale_nbytes(), scale_type());
       }
     }
     return s;
@@ -191,21 +206,21 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
   Floats sum[Tokens];
   for (int t = 0; t < Tokens; ++t) sum[t] = zero();
 
-  for (size_t first_block = 0; first_block < blocks; first_block += reader.per_record) {
+  for (size_t first_block = 0; first_block < blocks; first_block += reader.per_record()) {
     const uint8_t* header = ahead.of(reader.p);
-    for (size_t line = 0; line < reader.header; line += 64) prefetch(header + line);
+    for (size_t line = 0; line < reader.header(); line += 64) prefetch(header + line);
     reader.head();
-    const size_t last = first_block + reader.per_record < blocks ? first_block + reader.per_record : blocks;
-    for (size_t b = first_block; b < last; ++b) {
+    const size_t left = blocks - first_block, count = F::Plain || left >= reader.per_record() ? reader.per_record() : left;
+    for (size_t b = 0; b < count; ++b) {
       const uint8_t* fetched = ahead.of(reader.p);
       for (size_t line = 0; line < reader.block_nbytes; line += 64) prefetch(fetched + line);
-      const Scales scales = reader.scales(b - first_block);
+      const Scales scales = reader.scales(b);
       Codes c[8];
       reader.codes(c);
       if constexpr (F::kKind == Kind::Table)
         for (int i = 0; i < 8; ++i) c[i] = look_up(centred, c[i]);
 
-      const size_t at = (tile * blocks + b) * slots + slot;
+      const size_t at = (tile * blocks + first_block + b) * slots + slot;
       // Unrolled whole, so that the sums stay in registers.
 #pragma GCC unroll 16
       for (int t = 0; t < Tokens; ++t) {
@@ -213,8 +228,8 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
         const Floats step = set1(x.scale[at + t]);
         if constexpr (F::Halves) {
           const int32_t low = x.negated_sum_low[at + t];
-          Ints d0 = dot<F, 0, 4>(c, q, low);
-          Ints d1 = dot<F, 4, 8>(c, q, x.negated_sum[at + t] - low);
+          Ints d0 = dot<F, 0, 4, (Tokens < 4)>(c, q, low);
+          Ints d1 = dot<F, 4, 8, (Tokens < 4)>(c, q, x.negated_sum[at + t] - low);
           sum[t] = fma(to_floats(d0), mul(scales.low, step), sum[t]);
           sum[t] = fma(to_floats(d1), mul(scales.high, step), sum[t]);
           if constexpr (F::kKind == Kind::Minimum) {
@@ -224,7 +239,7 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
             sum[t] = F::Nested ? fnma(scales.min_high, high_sum, sum[t]) : fma(scales.min_high, high_sum, sum[t]);
           }
         } else {
-          Ints d = dot<F, 0, 8>(c, q, x.negated_sum[at + t]);
+          Ints d = dot<F, 0, 8, (Tokens < 4)>(c, q, x.negated_sum[at + t]);
           sum[t] = fma(to_floats(d), mul(scales.low, step), sum[t]);
           if constexpr (F::kKind == Kind::Minimum) {
             const Floats total = set1(x.sum[at + t]);
@@ -249,8 +264,8 @@ inline void decoded_tile(const PackedMatrix& w, const uint8_t* p, const float* x
   Floats sum[Tokens];
   for (int t = 0; t < Tokens; ++t) sum[t] = zero();
   for (size_t b = 0; b < blocks; ++b) {
-    if (b % reader.per_record == 0) reader.head();
-    const Scales scales = reader.scales(b % reader.per_record);
+    if (b % reader.per_record() == 0) reader.head();
+    const Scales scales = reader.scales(b % reader.per_record());
     Codes c[8];
     reader.codes(c);
     for (int i = 0; i < 8; ++i) {
@@ -415,10 +430,14 @@ MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs) {
   }
   const Kind kind = format.element == Element::Table ? Kind::Table : format.has_min ? Kind::Minimum : Kind::Symmetric;
   const bool nested = format.scale == ScaleType::Nested, halves = format.sub_group == 16;
-#define EDGEWISE_MATMUL(bits_, kind_, nested_, halves_)                                                       \
-  if (format.bits == bits_ && kind == Kind::kind_ && nested == nested_ && halves == halves_)                  \
-    return int8_inputs ? &quantised_panels<Format<bits_, Kind::kind_, nested_, halves_>>                       \
-                       : &decoded_panels<Format<bits_, Kind::kind_, nested_, halves_>>;
+  const bool plain = format.scale == ScaleType::Float16 && format.record_inputs == kBlock;
+#define EDGEWISE_MATMUL(bits_, kind_, nested_, halves_)                                                        \
+  if (format.bits == bits_ && kind == Kind::kind_ && nested == nested_ && halves == halves_) {                 \
+    if (!int8_inputs) return &decoded_panels<Format<bits_, Kind::kind_, nested_, halves_>>;                    \
+    if (plain && !nested_ && !halves_)                                                                         \
+      return &quantised_panels<Format<bits_, Kind::kind_, nested_, halves_, !nested_ && !halves_>>;            \
+    return &quantised_panels<Format<bits_, Kind::kind_, nested_, halves_>>;                                    \
+  }
 #include "kernels/matmul/kernels.inc"
 #undef EDGEWISE_MATMUL
   return nullptr;
