@@ -54,3 +54,26 @@ def test_mistakes(args, code, message):
     assert result.exit_code == code
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_tune(tmp_path, monkeypatch):
+    from edgewise.engine import tune as room
+
+    small = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "width": 96, "vocab": 96, "context": 600}
+    plan = room.synthetic_plan(**small)
+    monkeypatch.setattr(room, "synthetic_plan", lambda: plan)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = run("--tune", "--budget", "300ms", "--json")
+    assert result.exit_code == 0
+    report = Report.from_json(json.loads(result.stdout))
+    stored = json.loads(next((tmp_path / "edgewise" / "tuning").glob("*.json")).read_text())
+    assert report.environment["settings"] == stored["settings"]
+    assert report.environment["budget_s"] == 0.3
+    assert "huge_pages" in [row[0] for row in report.tables[0].rows]
+
+
+def test_tune_is_of_this_machine():
+    for more in (["pi5"], ["--list"], ["--out", "x.toml"]):
+        result = run("--tune", *more)
+        assert result.exit_code == 2
+        assert "--tune is of this machine" in result.stderr

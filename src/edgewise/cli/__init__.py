@@ -24,7 +24,7 @@ VERBS: dict[str, str] = {
     "bench": "Measure the speed of a model against what the machine can do.",
     "reproduce": "Run a published system's recipe and judge its claims.",
     "coverage": "Show which techniques of the field are here, each with its test.",
-    "device": "Measure this machine, or list the devices that ship with edgewise.",
+    "device": "Measure or tune this machine, or list the devices that ship with edgewise.",
 }
 """Every verb with its one-line help. A row whose module is not part of the installation is not listed."""
 

@@ -1,4 +1,4 @@
-"""edgewise device: measure this machine, or list the devices that ship with edgewise."""
+"""edgewise device: measure this machine, tune it, or list the devices that ship with edgewise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgewise.cli.frame import current
+from edgewise.cli.frame import current, seconds_option
 from edgewise.core.device import Device
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.report import Quantity, Report, Table
@@ -17,6 +17,7 @@ EXAMPLES = (
     "edgewise device --out laptop.toml",
     "edgewise device --list",
     "edgewise device pi5 --json",
+    "edgewise device --tune",
 )
 
 
@@ -29,10 +30,17 @@ def command(
                        ] = False,
     directory: Annotated[Path | None, typer.Option("--storage", help="Measure the storage of this directory; by "
                                                    "default the current one.", show_default=False)] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Find the settings that make models run fastest here, and keep "
+                                       "them for every later start. No answer changes.")] = False,
+    budget: Annotated[float, seconds_option("--budget", help="Most time that --tune takes.")] = 30.0,
 ) -> Report:
     """Measure what this machine reaches: cores, instruction tier, memory, arithmetic, storage, energy counters."""
     from edgewise.cost import devices
 
+    if tune:
+        if name is not None or out is not None or listing:
+            raise InvalidValueError("--tune is of this machine; give it without a name, --out and --list")
+        return _tune(budget)
     if listing:
         if name is not None or out is not None:
             raise InvalidValueError("--list shows every shipped device; give it without a name and without --out")
@@ -49,6 +57,13 @@ def command(
         report = Report(report.title, (*report.quantities, Quantity("written to", str(out))), report.tables,
                         environment=report.environment)
     return report
+
+
+def _tune(budget: float) -> Report:
+    from edgewise.engine.tune import tune
+
+    with current().progress("tuning", budget, "s") as update:
+        return tune(budget_s=budget, progress=lambda what, spent: update(spent, title=what))
 
 
 def _probe(directory: Path | None) -> tuple[Device, Report]:
