@@ -19,13 +19,13 @@ namespace {
 const uint8_t* pointer(size_t address) { return reinterpret_cast<const uint8_t*>(address); }
 
 // (thread, from, to, own) of everything taken in `rounds` phases of one run.
-std::vector<std::tuple<size_t, size_t, size_t, bool>> shares(size_t threads, size_t items, size_t count, size_t rounds) {
+std::vector<std::tuple<size_t, size_t, size_t, bool>> shares(size_t threads, size_t items, size_t least, size_t most, size_t rounds) {
   Pool pool(threads);
   std::vector<std::vector<std::tuple<size_t, size_t, size_t, bool>>> taken(threads);
   pool.run([&](size_t thread) {
     for (size_t round = 0; round < rounds; ++round) {
       pool.share(thread, items);
-      for (Pool::Share share; pool.take_share(thread, count, share);)
+      for (Pool::Share share; pool.take_share(thread, least, most, share);)
         taken[thread].emplace_back(thread, share.from, share.to, share.own);
       pool.barrier();
     }
@@ -46,7 +46,7 @@ void bind_pool(nb::module_& m) {
            "seconds"_a)
       .def_prop_ro("limit", &Governor::limit);
 
-  m.def("pool_shares", &shares, "threads"_a, "items"_a, "count"_a, "rounds"_a, nb::call_guard<nb::gil_scoped_release>(),
+  m.def("pool_shares", &shares, "threads"_a, "items"_a, "least"_a, "most"_a, "rounds"_a, nb::call_guard<nb::gil_scoped_release>(),
         "(thread, from, to, own) of every share that the threads of a pool take; see pool.h");
 
   nb::class_<ReadAhead>(m, "ReadAhead", "What a thread reads next; see ahead.h. Addresses are plain numbers here")

@@ -75,7 +75,7 @@ void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
   reads.seek(phase_of(index, kAttend));
   pool_.share(thread, layer.kv_heads * chunks);
 
-  for (Pool::Share share; pool_.take_share(thread, 1, share);) {
+  for (Pool::Share share; pool_.take_share(thread, 1, 1, share);) {
     const size_t chunk = first + share.from % chunks, kv_head = share.from / chunks, head = kv_head * group;
     uint8_t *head_keys = keys(index, slot, kv_head), *head_values = values(index, slot, kv_head);
     if (chunk == own_chunk) {  // the only item that reads the new position

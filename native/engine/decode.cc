@@ -6,8 +6,10 @@ namespace edgewise {
 
 namespace {
 
-// Panels of gate and up that a thread takes at once: few, so that the threads end together.
-constexpr size_t kPairs = 2;
+// Panels that a thread takes from a stretch, and those of gate and up.
+constexpr size_t kFewest = 1, kFewestPairs = 2, kMost = 8;
+// Panels in one call of a kernel: what is fetched meanwhile spans few stretches.
+constexpr size_t kAtOnce = 4;
 
 size_t panels_of(std::initializer_list<const Linear*> linears) {
   size_t total = 0;
@@ -44,10 +46,11 @@ void Session::plan_weights(size_t thread) {
     }
     if (layer.experts) continue;  // which ones is not known beforehand
     const auto [from, to] = Pool::stretch(layer.up.weight.panels(), thread, threads);
-    for (size_t panel = from; panel < to; panel += kPairs)
+    for (size_t panel = from, n; panel < to; panel += n) {
+      n = Pool::own_share(to - panel, kFewestPairs, kMost);
       for (const Linear* linear : {&layer.up, &layer.gate})
-        if (linear->present())
-          ahead.add(phase_of(i, kGateAndUp), linear->weight.panel(panel), std::min(kPairs, to - panel) * linear->weight.panel_nbytes);
+        if (linear->present()) ahead.add(phase_of(i, kGateAndUp), linear->weight.panel(panel), n * linear->weight.panel_nbytes);
+    }
     in_turn(phase_of(i, kDown), {&layer.down});
   }
   if (model_->head.present()) in_turn(phase_of(layers, kHead), {&model_->head});
@@ -89,22 +92,31 @@ void Session::wait(size_t thread) {
   pool_.barrier([&ahead = reads_[thread].ahead] { ahead.fetch(512); });
 }
 
+// Products of panels [from, to) of a linear; y is where the first of them goes.
+void Session::read_panels(const Linear& linear, MatmulKernel kernel, size_t from, size_t to, const Inputs& inputs, float* y,
+                          bool add, ReadAhead* reads) const {
+  const PackedMatrix& w = linear.weight;
+  for (size_t panel = from, n; panel < to; panel += n) {
+    n = std::min(kAtOnce, to - panel);
+    const Ahead ahead = reads != nullptr ? reads->over(w.panel(panel), n * w.panel_nbytes) : Ahead{};
+    kernel(w, panel, n, inputs.of(linear), 0, 0, 1, {y + (panel - from) * kLanes, n * kLanes, linear.bias_of(panel), add}, ahead);
+  }
+}
+
 void Session::multiply_one(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs) {
   ReadAhead& reads = reads_[thread].ahead;
   size_t total = 0;
   for (size_t i = 0; i < n; ++i) total += works[i].linear->weight.panels();
   pool_.share(thread, total);
   reads.seek(phase);
-  size_t i = 0, base = 0;
-  for (Pool::Share share; pool_.take_share(thread, 1, share);) {
-    if (share.from < base) i = base = 0;
-    for (; share.from >= base + works[i].linear->weight.panels(); ++i) base += works[i].linear->weight.panels();
-    const Linear& linear = *works[i].linear;
-    const PackedMatrix& w = linear.weight;
-    const size_t panel = share.from - base;
-    const Ahead ahead = share.own ? reads.over(w.panel(panel), w.panel_nbytes) : Ahead{};
-    works[i].kernel(w, panel, 1, inputs.of(linear), 0, 0, 1,
-                    {works[i].y + panel * kLanes, works[i].stride, linear.bias_of(panel), works[i].add}, ahead);
+  for (Pool::Share share; pool_.take_share(thread, kFewest, kMost, share);) {
+    size_t base = 0;
+    for (size_t i = 0; i < n; base += works[i].linear->weight.panels(), ++i) {
+      const size_t from = std::max(share.from, base), to = std::min(share.to, base + works[i].linear->weight.panels());
+      if (from < to)
+        read_panels(*works[i].linear, works[i].kernel, from - base, to - base, inputs, works[i].y + (from - base) * kLanes,
+                    works[i].add, share.own ? &reads : nullptr);
+    }
   }
 }
 
@@ -112,19 +124,13 @@ void Session::gate_and_up_one(const Layer& layer, const LayerKernels& k, const I
   ReadAhead& reads = reads_[thread].ahead;
   pool_.share(thread, layer.up.weight.panels());
   reads.seek(phase);
-  float gate[kPairs * kLanes];
-  for (Pool::Share share; pool_.take_share(thread, kPairs, share);) {
-    const size_t panels = share.to - share.from;
-    auto read = [&](const Linear& linear, MatmulKernel kernel, float* y) {
-      const PackedMatrix& w = linear.weight;
-      const Ahead ahead = share.own ? reads.over(w.panel(share.from), panels * w.panel_nbytes) : Ahead{};
-      kernel(w, share.from, panels, inputs.of(linear), 0, 0, 1,
-             {y, panels * kLanes, linear.bias_of(share.from)}, ahead);
-    };
+  float gate[kMost * kLanes];
+  for (Pool::Share share; pool_.take_share(thread, kFewestPairs, kMost, share);) {
+    ReadAhead* own = share.own ? &reads : nullptr;
     float* up = ffn_.floats() + share.from * kLanes;
-    read(layer.up, k.up, up);
-    if (layer.gate.present()) read(layer.gate, k.gate, gate);
-    kernels_.rows.gate(layer.function, layer.gate.present() ? gate : nullptr, up, panels * kLanes);
+    read_panels(layer.up, k.up, share.from, share.to, inputs, up, false, own);
+    if (layer.gate.present()) read_panels(layer.gate, k.gate, share.from, share.to, inputs, gate, false, own);
+    kernels_.rows.gate(layer.function, layer.gate.present() ? gate : nullptr, up, (share.to - share.from) * kLanes);
   }
 }
 

@@ -118,14 +118,14 @@ void Pool::share(size_t thread, size_t items) {
   stretches_[thread].span.store(static_cast<uint64_t>(from) << 32 | to, std::memory_order_release);
 }
 
-bool Pool::take_share(size_t thread, size_t count, Share& share) {
+bool Pool::take_share(size_t thread, size_t least, size_t most, Share& share) {
   for (size_t i = 0; i < in_use_; ++i) {
     const size_t victim = (thread + i) % in_use_;
     std::atomic<uint64_t>& span = stretches_[victim].span;
     for (uint64_t now = span.load(std::memory_order_acquire);;) {
       const size_t from = now >> 32, to = now & 0xFFFFFFFF;
       if (from >= to) break;
-      const size_t n = std::min(count, to - from);
+      const size_t n = i == 0 ? own_share(to - from, least, most) : std::min(least, to - from);
       share = i == 0 ? Share{from, from + n, true} : Share{to - n, to, false};
       const size_t left_from = i == 0 ? from + n : from, left_to = i == 0 ? to : to - n;
       if (span.compare_exchange_weak(now, static_cast<uint64_t>(left_from) << 32 | left_to, std::memory_order_acq_rel)) return true;

@@ -117,15 +117,15 @@ def test_random_shapes_never_fetch_what_is_not_read_but_for_the_ends_of_stretche
     assert len([p for p in fetched if p not in expected]) < 0.1 * len(fetched)
 
 
-@pytest.mark.parametrize(("threads", "items", "count"),
-                         [(1, 7, 2), (2, 0, 1), (2, 1, 4), (2, 101, 1), (3, 64, 5), (4, 3, 2)])
-def test_shares_cover_every_item_once_in_every_phase(threads: int, items: int, count: int) -> None:
+@pytest.mark.parametrize(("threads", "items", "least", "most"), [
+    (1, 7, 2, 2), (2, 0, 1, 1), (2, 1, 4, 8), (2, 101, 1, 1), (2, 101, 2, 16), (3, 64, 5, 5), (4, 3, 2, 8)])
+def test_shares_cover_every_item_once_in_every_phase(threads: int, items: int, least: int, most: int) -> None:
     rounds = 20
-    taken = _core.pool_shares(threads, items, count, rounds)
+    taken = _core.pool_shares(threads, items, least, most, rounds)
     counts = np.zeros(items, int)
     for thread, start, end, own in taken:
         assert start < end <= items
-        assert end - start <= count
+        assert end - start <= (most if own else least)
         low, high = items * thread // threads, items * (thread + 1) // threads
         assert own == (low <= start and end <= high)
         counts[start:end] += 1

@@ -1,5 +1,6 @@
 // Threads that run one function together: single program, many threads, barriers between phases.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -71,8 +72,11 @@ class Pool {
     return {items * thread / threads, items * (thread + 1) / threads};
   }
   void share(size_t thread, size_t items);
-  // False when nothing is left.
-  bool take_share(size_t thread, size_t count, Share& share);
+  // What a thread takes of its own stretch while `left` items are in it: much at first, as few as `least` at the end, so
+  // that it seldom asks and all end together.
+  static size_t own_share(size_t left, size_t least, size_t most) { return std::min(left, std::clamp(left / 3, least, most)); }
+  // At most `most` of the thread's own, or `least` of another's. False when nothing is left.
+  bool take_share(size_t thread, size_t least, size_t most, Share& share);
 
  private:
   struct alignas(64) Stretch {

@@ -149,6 +149,8 @@ class Session {
   Inputs prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row);
   void multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens);
   void multiply_one(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs);
+  void read_panels(const Linear& linear, MatmulKernel kernel, size_t from, size_t to, const Inputs& inputs, float* y, bool add,
+                   ReadAhead* reads) const;
   void gate_and_up_one(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase);
   void plan_reads(size_t thread);
   void plan_weights(size_t thread);
