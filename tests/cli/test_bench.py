@@ -28,6 +28,19 @@ def test_the_report_is_printed_and_written(tiny, tmp_path):
     assert written.tables == report.tables
 
 
+@pytest.mark.slow  # it measures what the machine can do
+def test_profile(tiny):
+    result = run(tiny, "-p", "16", "-n", "4", "-t", "1,2", "--repeats", "2", "--profile", "--json")
+    assert result.exit_code == 0, result.stderr
+    tables = Report.from_json(json.loads(result.stdout)).tables[2:]
+    assert [table.title for table in tables] == [
+        "Operators of pp16, 1 thread", "Operators of tg4, one token, 1 thread", "Operators of pp16, 2 threads",
+        "Operators of tg4, one token, 2 threads"]
+    for table in tables:
+        assert {"qkv", "attention", "down", "head", "whole"} <= {row[0] for row in table.rows}
+        assert sum(row[3] for row in table.rows[:-1]) == pytest.approx(1)
+
+
 @pytest.mark.parametrize(("args", "words"), [
     (["-p", "8,x"], "-p takes whole numbers"),
     (["-n", "-4"], "-n takes whole numbers"),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from plans import decoder, encoder, ids_for, logits
+from plans import decoder, encoder, encoder_decoder, ids_for, logits, read, sessions
 from reference import forward
 
 from edgewise.core.errors import InvalidValueError
+from edgewise.core.storage import Dense
 from edgewise.engine.loading import session_of
+from edgewise.engine.plan import Experts, Linear
 from edgewise.engine.tuning import Tuning
 from edgewise.native import _core
 
@@ -338,3 +341,25 @@ class TestProfile:
         parts = session.profile()
         assert parts["qkv"] > 0
         assert parts["head"] == parts["sampling"] == 0
+
+    def test_routed_feed_forwards_and_cross_attention_are_operators_of_their_own(self):
+        plan = replace(PLAN, layers=tuple(replace(layer, feed_forward=Experts(
+            Linear("router", Dense(np.eye(2, PLAN.hidden, dtype=np.float32)), None, "float32"),
+            (layer.feed_forward, replace(layer.feed_forward)), 1, True)) for layer in PLAN.layers[:1]))
+        session = session_of(plan, context=40, batch=40)
+        session.set_profile(True)
+        self.work(session)
+        parts = session.profile()
+        assert parts["experts"] > 0
+        assert parts["gate_up"] == parts["down"] == parts["cross"] == 0
+        plan = encoder_decoder(layers=1, context=40)
+        reader, session = sessions(plan, context=40)
+        session.set_profile(True)
+        read((reader, session), ids_for(plan, 7))
+        after_source = session.profile()
+        assert after_source["cross"] > 0
+        assert after_source["qkv"] == 0
+        session.forward(ids_for(plan, 5), ZEROS[:5])
+        parts = session.profile()
+        assert parts["cross"] > after_source["cross"]
+        assert parts["experts"] == 0

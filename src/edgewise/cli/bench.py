@@ -17,6 +17,7 @@ EXAMPLES = (
     "edgewise bench smollm2",
     "edgewise bench model.gguf -p 512,2048 -n 128 -d 0,4096 -t 1,2",
     "edgewise bench smollm2 --format int8/g32 --repeats 15 --out speed.json",
+    "edgewise bench smollm2 -t 1 --profile",
     "edgewise bench smollm2 --energy-model board.toml --json",
 )
 
@@ -50,6 +51,8 @@ def command(
                                                      "this machine counts none.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the report to this JSON file.",
                                              show_default=False)] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time of each test goes, operator by "
+                                          "operator, as the first thread sees it.")] = False,
     cache: shared.Cache = True,
 ) -> Report:
     """Tokens per second in prefill (pp) and decode (tg), the share of what the machine can do, memory and energy."""
@@ -65,7 +68,8 @@ def command(
         report: Report = bench(
             model, prompts=_numbers("-p", prompts), generated=_numbers("-n", generated),
             depths=_numbers("-d", depths), threads=counts, kv=kv, format=format, repeats=repeats, warmup=warmup,
-            seed=seed, device=device, cache=cache, progress=lambda what, done, total: update(done, total, what))
+            seed=seed, device=device, cache=cache, operators=profile,
+            progress=lambda what, done, total: update(done, total, what))
     if out is not None:
         with write_aside(out) as file:
             file.write((json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n").encode())

@@ -1,111 +1,151 @@
-"""Time per operator of a decode step: each linear by its own kernel, beside the step as a whole.
+"""Where the time of a decode step or of a prompt goes: each operator, beside what it reads and computes.
 
-The linears of every layer are run one after another with one thread, as a decode step does: a weight is read from
-memory, not from a cache that the run before filled, as long as the model is larger than the cache. What a call costs
-without work is taken off.
+The session counts it itself while it runs (native/include/edgewise/profile.h): the seconds of the calling thread, each
+moment belonging to one operator, so that the parts add up to the whole. Its results do not change by that.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from edgewise.core.errors import InvalidValueError
-from edgewise.core.storage import Dense
+from edgewise.core.report import Table
+from edgewise.core.workload import Op
 from edgewise.engine.model import LanguageModel, native_errors
-from edgewise.engine.packing import pack_one, recipe_of
-from edgewise.engine.plan import Experts, Layer, Linear, Plan
+from edgewise.engine.plan import Experts, Plan
+from edgewise.engine.workload import workload_of
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["OperatorTime", "Profile", "profile"]
+__all__ = ["LINEARS", "OperatorTime", "Profile", "profile", "profile_table"]
+
+LINEARS = ("qkv", "out", "gate_up", "down", "experts", "head")
+"""Operators that multiply weights. The others: embed; inputs (norms, and rounding what linears read); attention; cross
+(cross-attention with its linears); sampling; wait (for other threads); other (what lies between)."""
 
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """name: q, k, v, o, gate, up, down or head; of every layer together."""
+    """runs: linears, or attentions, of every layer together. moved_bytes: weights, keys and values it reads.
+    operations: two per multiply-add, of number_format."""
 
     name: str
     runs: int
     seconds: float
-    weight_bytes: int
+    moved_bytes: int = 0
+    operations: int = 0
+    number_format: str = ""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """linears: each by itself. step_s: a whole step, measured in between."""
+    """Of one decode step, or of one prompt. step_s: the whole of it, which is the sum of its operators."""
 
-    linears: tuple[OperatorTime, ...]
+    operators: tuple[OperatorTime, ...]
     step_s: float
 
     @property
+    def linears(self) -> tuple[OperatorTime, ...]:
+        """Those that multiply weights."""
+        return tuple(one for one in self.operators if one.name in LINEARS)
+
+    @property
     def linear_share(self) -> float:
-        """Of the step. Above 1 where linears one by one take longer than inside a pass, which hides their start."""
+        """Of the whole."""
         return sum(one.seconds for one in self.linears) / self.step_s
 
 
-def profile(model: LanguageModel, plan: Plan, *, depth: int = 64, repeats: int = 5, int8: bool | None = None,
-            ) -> Profile:
-    """Medians over `repeats` steps after `depth` tokens of context. plan: of the model's checkpoint.
+def profile(model: LanguageModel, plan: Plan, *, phase: Literal["decode", "prefill"] = "decode", tokens: int = 16,
+            depth: int = 64, repeats: int = 5, threads: int = 1, int8: bool | None = None,
+            session: Any = None) -> Profile:
+    """The run of the median time among `repeats`, of `tokens` fed one by one or read at once after `depth` others.
 
+    plan: of the model's checkpoint. session: one to run on; by default one of its own with so many threads.
     int8: whether the linears of the layers multiply integers; by default as the plan says.
     """
-    if model.kind != "decoder" or any(isinstance(layer.feed_forward, Experts) for layer in plan.layers):
-        raise InvalidValueError("a profile is of a decoder with dense feed-forwards")
-    if repeats < 1 or not 1 <= depth <= model.context - repeats - 1:
-        raise InvalidValueError(f"a profile takes at least one repeat, within a context of {model.context}; given "
-                                f"{repeats} after {depth} tokens")
-    native = _core.Session(model.native, model.kv, model.context, 1, 1, int(model.session.batch))
-    parts = [(name, linear) for layer in plan.layers for name, linear in _linears(layer)]
-    calls = [(name, _call(model, linear, int8), model.packed.matrices[linear.key].nbytes) for name, linear in parts]
-    if plan.head is not None:
-        key = plan.embedding.key if plan.head.weight is plan.embedding.weight else plan.head.key
-        calls.append(("head", _call(model, plan.head, None, key), model.packed.matrices[key].nbytes))
-    tokens = np.zeros(depth, np.int32)
-    overhead = _overhead(model.tier)
-    steps: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name, _, _ in calls}
+    if model.kind != "decoder":
+        raise InvalidValueError(f"a profile is of a decoder; this model is an {model.kind}")
+    if repeats < 1 or tokens < 1 or depth < 0 or depth + tokens + 2 > model.context:
+        raise InvalidValueError(f"a profile takes at least one repeat and one token, within a context of "
+                                f"{model.context}; given {repeats} repeats of {tokens} tokens after {depth}")
     with native_errors():
-        native.prefill(0, tokens)
-        for _ in range(repeats):
-            steps.append(_seconds(lambda: native.prefill(0, tokens[:1])))
-            round_s: dict[str, float] = dict.fromkeys(times, 0.0)
-            for name, call, _ in calls:
-                round_s[name] += max(_seconds(call) - overhead, 0.0)
-            for name, seconds in round_s.items():
-                times[name].append(seconds)
-    return Profile(tuple(
-        OperatorTime(name, sum(n == name for n, _, _ in calls), statistics.median(values),
-                     sum(size for n, _, size in calls if n == name)) for name, values in times.items()),
-        statistics.median(steps))
+        session = session or _core.Session(model.native, model.kv, depth + tokens + 2, 1, threads,
+                                           int(model.session.batch), tuning=model.tuning.native)
+        runs = sorted((_run(session, phase, tokens, depth, model.vocab) for _ in range(repeats + 1)),
+                      key=lambda parts: sum(parts.values()))
+    steps = tokens if phase == "decode" else 1
+    middle = depth + tokens // 2 if phase == "decode" else depth  # a step halfway stands for all of them
+    load = workload_of(plan, model.packed.matrices, tokens=1 if phase == "decode" else tokens, depth=middle,
+                       batch=int(session.batch), kv=model.kv, int8=int8)
+    return _joined(runs[repeats // 2], steps, load.ops, _operators_of(plan))
 
 
-def _overhead(tier: str) -> float:
-    """Seconds that a call takes when there is next to nothing to multiply."""
-    matrix = pack_one(recipe_of("nothing", Dense(np.zeros((16, 32), np.float32))))
-    x, y = np.ones((1, 32), np.float32), np.empty((1, 16), np.float32)
-    return statistics.median(_seconds(lambda: _core.matmul(matrix, x, y, tier, False)) for _ in range(101))
+def _run(session: Any, phase: str, tokens: int, depth: int, vocab: int) -> dict[str, float]:
+    stream = np.random.default_rng(0).integers(0, vocab, depth + tokens + 1).astype(np.int32)
+    session.set_profile(False)
+    session.truncate(0, 0)
+    if depth:
+        session.prefill(0, stream[:depth])
+    sampler = _core.Sampler()
+    if phase == "decode":  # the token sampled last is fed when the next is asked for
+        session.prefill(0, stream[depth:depth + 1])
+        session.generate(0, sampler, 1, [])
+    session.set_profile(True)
+    if phase == "decode":
+        session.generate(0, sampler, tokens, [])
+    else:
+        session.prefill(0, stream[depth:depth + tokens])
+    parts: dict[str, float] = session.profile()
+    session.set_profile(False)
+    session.truncate(0, 0)
+    return parts
 
 
-def _linears(layer: Layer) -> list[tuple[str, Linear]]:
-    attention, (ffn,) = layer.attention, layer.feed_forwards
-    named = [("q", attention.q), ("k", attention.k), ("v", attention.v), ("o", attention.o), ("gate", ffn.gate),
-             ("up", ffn.up), ("down", ffn.down)]
-    return [(name, linear) for name, linear in named if linear is not None]
+def _operators_of(plan: Plan) -> dict[str, str]:
+    """Name of a linear -> operator."""
+    found: dict[str, str] = {}
+    for layer in plan.layers:
+        attention, ffn = layer.attention, layer.feed_forward
+        found |= dict.fromkeys((attention.q.name, attention.k.name, attention.v.name), "qkv")
+        found[attention.o.name] = "out"
+        if isinstance(ffn, Experts):
+            found[ffn.router.name] = "experts"
+        for part in layer.feed_forwards:
+            routed = isinstance(ffn, Experts)
+            found |= {one.name: "experts" if routed else "gate_up" for one in (part.gate, part.up) if one is not None}
+            found[part.down.name] = "experts" if routed else "down"
+    if plan.head is not None:
+        found[plan.head.name] = "head"
+    return found
 
 
-def _call(model: LanguageModel, linear: Linear, int8: bool | None, key: str | None = None) -> Callable[[], Any]:
-    matrix = model.packed.matrices[key or linear.key]
-    x, y = np.ones((1, matrix.cols), np.float32), np.empty((1, matrix.rows), np.float32)
-    rounded = linear.activation == "int8" if int8 is None else int8
-    return lambda: _core.matmul(matrix, x, y, model.tier, rounded)
+def _joined(parts: Mapping[str, float], steps: int, ops: tuple[Op, ...], operators: Mapping[str, str]) -> Profile:
+    """Seconds by operator with what the operator does. Waiting and the like do nothing."""
+    loads: dict[str, list[Op]] = {}
+    for op in ops:
+        name = {"embedding": "embed", "attention": "attention"}.get(op.kind) or operators.get(op.name, "cross")
+        loads.setdefault(name, []).append(op)
+    times = tuple(
+        OperatorTime(name, len(load), seconds / steps, sum(op.weight_bytes + op.in_bytes + op.out_bytes for op in load),
+                     2 * sum(op.macs for op in load), next((op.number_format for op in load if op.macs), ""))
+        for name, seconds in parts.items() if seconds > 0 for load in [loads.get(name, [])])
+    return Profile(times, sum(one.seconds for one in times))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def profile_table(found: Profile, title: str, *, read_bytes_per_s: float | None = None,
+                  int8_ops_per_s: float | None = None, fp32_ops_per_s: float | None = None) -> Table:
+    """Operators with share, GB/s, Gop/s and the share of the nearer roof, of limits that are known."""
+    rows = []
+    for one in sorted(found.operators, key=lambda one: -one.seconds):
+        peak = int8_ops_per_s if one.number_format == "int8" else fp32_ops_per_s
+        shares = [amount / one.seconds / limit for amount, limit in ((one.moved_bytes, read_bytes_per_s),
+                                                                     (one.operations, peak)) if amount and limit]
+        rows.append((one.name, one.runs or None, one.seconds * 1e3, one.seconds / found.step_s,
+                     one.moved_bytes / one.seconds / 1e9 if one.moved_bytes else None,
+                     one.operations / one.seconds / 1e9 if one.operations else None, max(shares, default=None)))
+    rows.append(("whole", None, found.step_s * 1e3, 1.0, sum(one.moved_bytes for one in found.operators)
+                 / found.step_s / 1e9, sum(one.operations for one in found.operators) / found.step_s / 1e9, None))
+    return Table(title, ("operator", "runs", "ms", "share", "GB/s", "Gop/s", "share of roof"), tuple(rows))

@@ -33,7 +33,7 @@ from edgewise.engine.bench import BenchTest, limits_of, time_tests
 from edgewise.engine.loading import model_of
 from edgewise.engine.model import LanguageModel
 from edgewise.engine.plan import Plan
-from edgewise.engine.profile import profile
+from edgewise.engine.profile import profile, profile_table
 from edgewise.engine.workload import arithmetic, workload_of
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.events import Event, EventLog
@@ -161,10 +161,7 @@ def _profiled(model: LanguageModel, plan: Plan, settings: Mapping[str, Any], met
     found = profile(model, plan, depth=32, int8=True)
     if settings["model"] != "random":  # microseconds of a tiny step are the calls', not the operators'
         metrics["share of linears in a decode step"] = found.linear_share
-    rows = [(part.name, part.runs, part.seconds * 1e3, part.seconds / found.step_s,
-             part.weight_bytes / max(part.seconds, 1e-12) / 1e9) for part in found.linears]
-    return Table("Operators of a decode step at 4 bits, one thread", ("operator", "runs", "ms", "share", "GB/s"), (
-        *rows, ("whole step", 1, found.step_s * 1e3, 1.0, None)))
+    return profile_table(found, "Operators of a decode step at 4 bits, one thread")
 
 
 def _memory_bound(model: LanguageModel, settings: Mapping[str, Any], threads: int, metrics: Metrics) -> None:
