@@ -52,7 +52,7 @@ def test_perplexity_takes_windows_side_by_side(model):
 def test_windows_leave_a_shorter_rest_out(model):
     cut = windows_of(model, IDS, window=30)
     assert np.array_equal(cut.reshape(-1), IDS[:90])
-    with pytest.raises(InvalidValueError, match="has 100 tokens; one window needs 512"):
+    with pytest.raises(InvalidValueError, match="has 100 tokens, fewer than one window of 512"):
         windows_of(model, IDS)
     with pytest.raises(InvalidValueError, match="at least 2 tokens"):
         windows_of(model, IDS, window=1)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.report import Quantity, Report
-from edgewise.engine.score import WINDOW, windows_of
+from edgewise.engine.score import windows_of
+from edgewise.measure.quality import WINDOW
 
 if TYPE_CHECKING:
     from edgewise.data.texts import Text

@@ -9,27 +9,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewise.core.errors import InvalidValueError
+from edgewise.measure.quality import WINDOW
+from edgewise.measure.quality import windows as cut_windows
 
 if TYPE_CHECKING:
     from edgewise.engine.model import LanguageModel
 
 __all__ = ["log_probs", "perplexity", "windows_of"]
 
-WINDOW = 512
-
-
 def windows_of(model: LanguageModel, text: str | Sequence[int], *, window: int = WINDOW,
                windows: int | None = None) -> NDArray[np.int32]:
-    """Token ids of a text without BOS, in windows side by side, (windows, window); a shorter rest is left out."""
+    """Token ids of a text without BOS, cut as `measure.quality.windows` cuts them, (windows, window)."""
     ids = np.asarray(model.encode(text, add_special=False) if isinstance(text, str) else text, np.int32)
-    if window < 2:
-        raise InvalidValueError(f"a window has at least 2 tokens; given {window}")
-    count = len(ids) // window
-    if count == 0:
-        raise InvalidValueError(f"the text has {len(ids)} tokens; one window needs {window}; give a longer text")
-    count = count if windows is None else min(count, windows)
-    return ids[:count * window].reshape(count, window)
+    return np.stack([np.asarray(part, np.int32) for part in cut_windows(ids, window, windows)])
 
 
 def log_probs(model: LanguageModel, ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float64]:

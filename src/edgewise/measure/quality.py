@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from edgewise.core.errors import InvalidValueError, notice
 from edgewise.core.report import Quantity
 
-__all__ = ["Divergence", "Forward", "Perplexity", "divergence", "kl_divergence", "log_softmax", "perplexity", "windows"]
+__all__ = ["WINDOW", "Divergence", "Forward", "Perplexity", "divergence", "kl_divergence", "log_softmax", "perplexity",
+           "windows"]
 
 Ids = NDArray[np.int64]
 Float64 = NDArray[np.float64]
