@@ -64,6 +64,7 @@ def test_a_start_imports_what_it_uses():
             "print(json.dumps(sorted(sys.modules)))")
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     modules = set(json.loads(done.stdout))
-    unwanted = {"core.report", "core.device", "core.schedule", "formats.folder", "formats.wheels", "measure.machine"}
+    unwanted = {"core.report", "core.device", "core.schedule", "core.stats", "formats.folder", "formats.wheels",
+                "measure.machine", "measure.quality"}
     assert modules & {f"edgewise.{name}" for name in unwanted} == set()
     assert modules & {"importlib.metadata", "email.message", "difflib", "logging"} == set()

@@ -11,7 +11,6 @@ make a lot out of a little (repetition, padding, powers) is checked before it is
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -445,6 +444,12 @@ def _raise_exception(message: Any) -> None:
     raise jinja2.TemplateError(str(message))
 
 
+def _now(pattern: str) -> str:
+    from datetime import datetime
+
+    return datetime.now().strftime(pattern)
+
+
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
              separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
     # Jinja's own filter escapes for HTML, which a prompt is not.
@@ -469,6 +474,6 @@ def _environment() -> _Environment:
     environment.globals = {
         "range": environment.globals["range"], "dict": lambda *a, **k: dict(*a, **k), "cycler": jinja2.utils.Cycler,
         "joiner": jinja2.utils.Joiner, "namespace": _Namespace, "raise_exception": _raise_exception,
-        "strftime_now": lambda pattern: datetime.datetime.now().strftime(pattern),
+        "strftime_now": _now,
     }
     return environment

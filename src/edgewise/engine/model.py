@@ -10,22 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import ContextOverflowError, InvalidValueError, UnsupportedError
-from edgewise.core.stats import Stats
 from edgewise.data.chat import ChatTemplate
 from edgewise.data.tokenizer import Tokenizer
-from edgewise.engine import calibrate as calibration
-from edgewise.engine import score
 from edgewise.engine.generate import Generation, GenerationOptions, generate
 from edgewise.engine.packing import PackedWeights
 from edgewise.engine.tuning import Tuning
 from edgewise.native import _core  # type: ignore[attr-defined]
+
+if TYPE_CHECKING:
+    from edgewise.core.stats import Stats
 
 __all__ = ["KV_FORMATS", "LanguageModel", "Memory"]
 
@@ -218,12 +218,16 @@ class LanguageModel:
                    progress: Callable[[str, int, int], None] | None = None) -> float:
         """Perplexity of a text: see `edgewise.engine.score.perplexity`."""
         self._need(("decoder",), "perplexity")
+        from edgewise.engine import score
+
         return score.perplexity(self, text, windows=windows, window=window, progress=progress)
 
     def calibrate(self, texts: Iterable[str | Sequence[int]], *, gram: bool = False,
                   progress: Callable[[str, int, int], None] | None = None) -> Stats:
         """Statistics of every linear's inputs over texts: see `edgewise.engine.calibrate.calibrate`."""
         self._need(("decoder", "encoder"), "calibrate")
+        from edgewise.engine import calibrate as calibration
+
         with native_errors():
             return calibration.calibrate(self, texts, gram=gram, progress=progress)
 

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import secrets
 import shutil
 import stat
 import time
@@ -153,7 +152,7 @@ def folder_aside(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
                 if file.is_file():
                     _sync_file(file)
             (aside / ".lock").unlink()
-            former = path.with_name(f".{path.name}.{secrets.token_hex(4)}.former")
+            former = _aside_name(path, "former")
             if os.path.lexists(path):
                 os.rename(path, former)
             try:
@@ -173,8 +172,8 @@ def folder_aside(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def _aside_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+def _aside_name(path: Path, end: str = "part") -> Path:
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.{end}")
 
 
 def _sweep(path: Path) -> None:
