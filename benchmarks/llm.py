@@ -34,6 +34,7 @@ from edgewise.core.report import Quantity, Report, Table
 from edgewise.formats.cache import file_sha256, write_aside
 from edgewise.measure.machine import Probe, probe, usable_cores
 from edgewise.measure.repeat import Comparison, compare
+from edgewise.native.probe import read_rates
 from edgewise.report import render
 
 HERE = Path(__file__).parent
@@ -99,10 +100,15 @@ def best_of(workers: list[Worker], test: Test, runs: int) -> Worker:
     return workers[min(left, key=lambda i: statistics.median(seconds[i]))]
 
 
-def pair(ours: Worker, peer: Worker, test: Test, pairs: int) -> Comparison:
-    """Seconds of the peer over ours: above 1 when edgewise is faster."""
+def pair(ours: Worker, peer: Worker, test: Test, pairs: int, before: Callable[[], object]) -> Comparison:
+    """Seconds of the peer over ours: above 1 when edgewise is faster. before: called before each of our runs."""
     measure: Callable[[Callable[[], Any]], float] = lambda run: run()  # noqa: E731  # a worker times itself
-    return compare(lambda: peer.seconds(test), lambda: ours.seconds(test), pairs=pairs, warmup=1, measure=measure)
+
+    def own() -> float:
+        before()
+        return ours.seconds(test)
+
+    return compare(lambda: peer.seconds(test), own, pairs=pairs, warmup=1, measure=measure)
 
 
 def commit() -> str:
@@ -136,7 +142,11 @@ def run(path: Path, counts: list[int], tests: list[Test], options: argparse.Name
     try:
         for n, test in itertools.product(counts, tests):
             peer = best_of([worker for worker in peers if worker.settings["threads"] <= n], test, 3)
-            result = pair(ours[n], peer, test, options.pairs)
+            # Neighbours move what memory gives within seconds, so it is probed beside every run.
+            decode, roof = test.what == "decode" and not test.depth, []
+            result = pair(ours[n], peer, test, options.pairs,
+                          (lambda n=n, roof=roof: roof.append(max(read_rates(2**28, n, repeats=3)))) if decode
+                          else (lambda: None))
             speed = [test.count / sample.median for sample in (result.second, result.first)]
             low, high = result.interval or (min(result.ratios), max(result.ratios))
             flash = "on" if peer.settings["flash_attn"] else "off"
@@ -146,11 +156,10 @@ def run(path: Path, counts: list[int], tests: list[Test], options: argparse.Name
             quantities += [Quantity(f"{name} edgewise", speed[0], "token/s"),
                            Quantity(f"{name} peer", speed[1], "token/s"),
                            Quantity(f"{name} ratio", result.ratio, "", (low, high))]
-            bandwidth = next((q.value for q in machine.report.quantities if q.name == f"memory read, {threads_of(n)}"),
-                             None)
-            if test.what == "decode" and not test.depth and isinstance(bandwidth, (int, float)):
-                share = speed[0] * path.stat().st_size / bandwidth
-                quantities.append(Quantity(f"{name} share of read bandwidth", share))
+            if decode:
+                bandwidth = statistics.median(roof)
+                quantities += [Quantity(f"{name} memory read beside it", bandwidth, "B/s"),
+                               Quantity(f"{name} share of read bandwidth", speed[0] * path.stat().st_size / bandwidth)]
             print(path.name, rows[-1], flush=True)
     finally:
         for worker in (*ours.values(), *peers):
