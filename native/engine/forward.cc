@@ -33,9 +33,18 @@ void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n,
   }
   size_t total = 0;
   for (size_t i = 0; i < n; ++i) total += works[i].linear->weight.panels();
-  const Runs runs(total, config_.threads, tokens, config_.tuning.runs_per_thread);
-  for (size_t run; (run = pool_.take(1)) < runs.count;) {
-    const size_t from = runs.first(run), to = std::min(total, runs.first(run + 1));
+  const Items items(total, works[0].linear->weight.panel_nbytes, config_.threads, tokens, config_.tuning.runs_per_thread);
+  auto start_of = [&](size_t panel) -> const uint8_t* {
+    for (size_t i = 0; i < n; panel -= works[i].linear->weight.panels(), ++i)
+      if (panel < works[i].linear->weight.panels()) return works[i].linear->weight.panel(panel);
+    return nullptr;
+  };
+  for (size_t item = pool_.take(1), after; item < items.count(); item = after) {
+    after = pool_.take(1);
+    const size_t run = items.run_of(item), from = items.first_panel(run), to = std::min(total, items.first_panel(run + 1));
+    const bool moves = after < items.count() && items.run_of(after) != run;
+    const uint8_t* next = moves ? start_of(items.first_panel(items.run_of(after))) : nullptr;
+    const size_t first_tile = items.first_tile(item), last_tile = items.last_tile(item);
     size_t base = 0;
     for (size_t i = 0; i < n; base += works[i].linear->weight.panels(), ++i) {
       const Work& work = works[i];
@@ -43,10 +52,12 @@ void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n,
       const size_t first = std::max(from, base), last = std::min(to, base + weight.panels());
       if (first >= last) continue;
       const Activations& x = inputs.of(*work.linear);
-      for (size_t tile = 0; tile < x.tiles(); ++tile) {
-        const size_t panel = first - base, count = std::min(x.slots, tokens - tile * x.slots);
+      const size_t panel = first - base, nbytes = (last - first) * weight.panel_nbytes;
+      for (size_t tile = first_tile; tile < last_tile; ++tile) {
+        const size_t count = std::min(x.slots, tokens - tile * x.slots);
+        const Ahead ahead = ahead_of(weight.panel(panel), nbytes, next, tile - first_tile, last_tile - first_tile);
         work.kernel(weight, panel, last - first, x, tile, 0, count,
-                    {work.y + tile * x.slots * work.stride + panel * kLanes, work.stride, work.linear->bias_of(panel), work.add}, {});
+                    {work.y + tile * x.slots * work.stride + panel * kLanes, work.stride, work.linear->bias_of(panel), work.add}, ahead);
       }
     }
   }
@@ -60,20 +71,28 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
     return wait(thread);
   }
   const size_t panels = layer.up.weight.panels(), tokens = count_;
-  const Runs runs(panels, config_.threads, tokens, config_.tuning.runs_per_thread);
+  const bool gated = layer.gate.present();
+  const Items items(panels, layer.up.weight.panel_nbytes, config_.threads, tokens, config_.tuning.runs_per_thread);
   const Activations& x_up = inputs.of(layer.up);
   const Activations& x_gate = inputs.of(layer.gate);
   float gate[kLanes * kMostPanels * kLanes];
-  for (size_t run; (run = pool_.take(1)) < runs.count;) {
-    const size_t from = runs.first(run), count_panels = std::min(panels, runs.first(run + 1)) - from, width = count_panels * kLanes;
-    for (size_t tile = 0; tile < x_up.tiles(); ++tile) {
+  for (size_t item = pool_.take(1), after; item < items.count(); item = after) {
+    after = pool_.take(1);
+    const size_t run = items.run_of(item), from = items.first_panel(run), n = std::min(panels, items.first_panel(run + 1)) - from;
+    const size_t width = n * kLanes, next = after < items.count() ? items.first_panel(items.run_of(after)) : from;
+    const size_t first_tile = items.first_tile(item), last_tile = items.last_tile(item);
+    auto ahead = [&](const PackedMatrix& weight, size_t tile) {
+      return ahead_of(weight.panel(from), n * weight.panel_nbytes, next == from ? nullptr : weight.panel(next), tile - first_tile,
+                      last_tile - first_tile);
+    };
+    for (size_t tile = first_tile; tile < last_tile; ++tile) {
       const size_t count = std::min(x_up.slots, tokens - tile * x_up.slots);
       float* up = ffn_.floats() + tile * x_up.slots * ffn_stride_ + from * kLanes;
-      k.up(layer.up.weight, from, count_panels, x_up, tile, 0, count, {up, ffn_stride_, layer.up.bias_of(from)}, {});
-      if (layer.gate.present())
-        k.gate(layer.gate.weight, from, count_panels, x_gate, tile, 0, count, {gate, width, layer.gate.bias_of(from)}, {});
+      k.up(layer.up.weight, from, n, x_up, tile, 0, count, {up, ffn_stride_, layer.up.bias_of(from)}, ahead(layer.up.weight, tile));
+      if (gated)
+        k.gate(layer.gate.weight, from, n, x_gate, tile, 0, count, {gate, width, layer.gate.bias_of(from)}, ahead(layer.gate.weight, tile));
       for (size_t t = 0; t < count; ++t)
-        kernels_.rows.gate(layer.function, layer.gate.present() ? gate + t * width : nullptr, up + t * ffn_stride_, width);
+        kernels_.rows.gate(layer.function, gated ? gate + t * width : nullptr, up + t * ffn_stride_, width);
     }
   }
   pool_.barrier();

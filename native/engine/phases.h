@@ -21,18 +21,43 @@ inline size_t panels_at_once(size_t panels, size_t threads, size_t tokens) {
   return std::clamp<size_t>(panels / (threads * 4), 1, 8);
 }
 
-// The panels of a phase in runs that threads take one by one: as equal as whole pairs allow, since float kernels hold
-// two panels at a time.
-struct Runs {
-  size_t pairs, count;
-  Runs(size_t panels, size_t threads, size_t tokens, size_t per_thread) : pairs((panels + 1) / 2) {
-    const size_t fewest = (panels + kMostPanels / 2 - 1) / (kMostPanels / 2);
-    count = tokens == 1 ? (panels + panels_at_once(panels, threads, 1) - 1) / panels_at_once(panels, threads, 1)
-                        : std::max(fewest, per_thread * threads);
-    count = std::clamp<size_t>(count, 1, pairs);
+// A product of panels and tokens in items that threads take one by one: runs of panels, as equal as whole pairs allow,
+// since float kernels hold two panels at a time. A run stays in the second-level cache while all tokens pass over it. Of
+// many tokens it is wider, so that they pass less often, and threads share the tokens of a run.
+struct Items {
+  size_t pairs, runs, tiles, blocks = 1;
+  Items(size_t panels, size_t panel_nbytes, size_t threads, size_t tokens, size_t per_thread)
+      : pairs((panels + 1) / 2), tiles((tokens + kLanes - 1) / kLanes) {
+    constexpr size_t kFewTokens = 256, kBlockTiles = 8, kRunNbytes = 384 << 10;
+    size_t most = kMostPanels / 2;
+    if (tokens > kFewTokens) {
+      blocks = (tiles + kBlockTiles - 1) / kBlockTiles;
+      most = std::clamp<size_t>(kRunNbytes / panel_nbytes, 2, kMostPanels);
+    }
+    runs = tokens == 1 ? (panels + panels_at_once(panels, threads, 1) - 1) / panels_at_once(panels, threads, 1)
+                       : std::max((panels + most - 1) / most, (per_thread * threads + blocks - 1) / blocks);
+    runs = std::clamp<size_t>(runs, 1, pairs);
   }
-  size_t first(size_t run) const { return pairs * run / count * 2; }
+  size_t count() const { return runs * blocks; }
+  size_t run_of(size_t item) const { return item / blocks; }
+  size_t first_panel(size_t run) const { return pairs * run / runs * 2; }
+  size_t first_tile(size_t item) const { return tiles * (item % blocks) / blocks; }
+  size_t last_tile(size_t item) const { return tiles * (item % blocks + 1) / blocks; }
 };
+
+// What the kernel fetches over a tile of an item: the first tile reads the run's own bytes just before their use, which
+// are there already but for a thread's first run; each of the others fetches its part of the next run.
+inline Ahead ahead_of(const uint8_t* run, size_t nbytes, const uint8_t* next, size_t tile, size_t tiles) {
+  Ahead ahead;
+  ahead.base = run;
+  if (tile == 0 || next == nullptr) {
+    ahead.later = run + Ahead::kDistance;
+    return ahead;
+  }
+  while ((2u << ahead.shift) <= tiles - 1) ++ahead.shift;
+  ahead.later = next + (tile - 1) * nbytes / (tiles - 1);
+  return ahead;
+}
 
 inline void apply_norm(const Kernels& kernels, const Norm& norm, const float* x, size_t n, float* y) {
   const float* bias = norm.bias.empty() ? nullptr : norm.bias.data();

@@ -12,6 +12,12 @@ struct Ahead {
   const uint8_t* turn = nullptr;
   ptrdiff_t before = 0, after = kDistance;
   EDGEWISE_INLINE const uint8_t* of(const uint8_t* p) const { return p + (p < turn ? before : after); }
+  // With several tokens the same bytes are read once for each tile of them, and every tile fetches a part of what comes
+  // next, at an even pace: later + (p - base) / 2^shift.
+  const uint8_t* base = nullptr;
+  const uint8_t* later = nullptr;
+  unsigned shift = 0;
+  EDGEWISE_INLINE const uint8_t* spread(const uint8_t* p) const { return later + ((p - base) >> shift); }
 };
 
 // Where products go: row r of panel p of a call for its token t is y[t * stride + 16 p + r].

@@ -11,6 +11,13 @@ inline void put(const Products& out, size_t token, size_t panel, Floats sum) {
   store(y, out.add ? add(load(y), sum) : sum);
 }
 
+// What to fetch while p is read for so many tokens.
+template <int Tokens>
+inline const uint8_t* next_of(const Ahead& ahead, const uint8_t* p) {
+  if constexpr (Tokens == 1) return ahead.of(p);
+  return ahead.spread(p);
+}
+
 // The output of later tokens, and of later panels.
 inline Products from_token(const Products& out, size_t token) { return {out.y + token * out.stride, out.stride, out.bias, out.add}; }
 inline Products from_panel(const Products& out, size_t panel) {
@@ -207,12 +214,12 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
   for (int t = 0; t < Tokens; ++t) sum[t] = zero();
 
   for (size_t first_block = 0; first_block < blocks; first_block += reader.per_record()) {
-    const uint8_t* header = ahead.of(reader.p);
+    const uint8_t* header = next_of<Tokens>(ahead, reader.p);
     for (size_t line = 0; line < reader.header(); line += 64) prefetch(header + line);
     reader.head();
     const size_t left = blocks - first_block, count = F::Plain || left >= reader.per_record() ? reader.per_record() : left;
     for (size_t b = 0; b < count; ++b) {
-      const uint8_t* fetched = ahead.of(reader.p);
+      const uint8_t* fetched = next_of<Tokens>(ahead, reader.p);
       for (size_t line = 0; line < reader.block_nbytes; line += 64) prefetch(fetched + line);
       const Scales scales = reader.scales(b);
       Codes c[8];
@@ -331,7 +338,7 @@ inline void float_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const
 #pragma GCC unroll 4
       for (int i = 0; i < Panels; ++i) {
         const uint8_t* panel = p + static_cast<size_t>(i) * panel_nbytes;
-        prefetch(ahead.of(panel + (first + k) * width));
+        prefetch(next_of<Tokens>(ahead, panel + (first + k) * width));
         w[i] = load_column<E>(panel, first + k);
       }
 #pragma GCC unroll 16
@@ -381,7 +388,7 @@ inline void bfloat_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, cons
 #pragma GCC unroll 4
       for (int i = 0; i < Panels; ++i) {
         const uint8_t* panel = p + static_cast<size_t>(i) * panel_nbytes;
-        prefetch(ahead.of(panel));
+        prefetch(next_of<Tokens>(ahead, panel));
         w[i] = load_codes(panel);
       }
 #pragma GCC unroll 16
