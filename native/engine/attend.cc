@@ -132,16 +132,19 @@ void Session::merge_one(const Layer& layer, size_t index, float* out) const {
 void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
   const KvLayout& layout = kv_layout_[index];
   const size_t dim = layer.head_dim;
-  // Keys and values of all tokens first: later tokens of a slot see earlier ones of the same pass. Tokens are taken in
-  // order within a head, so that two threads never write into one key tile.
-  for (size_t kv_head; (kv_head = pool_.take(1)) < layer.kv_heads;)
-    for (size_t t = 0; t < count_; ++t) {
-      const size_t slot = static_cast<size_t>(slots_[t]), position = static_cast<size_t>(positions_[t]);
-      float* key = k_.floats() + t * kv_stride_ + kv_head * dim;
-      turn(layer, layer.k_norm, key, 1, t);
-      kernels_.attention.store_key(layout, key, position, keys(index, slot, kv_head));
-      kernels_.attention.store_value(layout, v_.floats() + t * kv_stride_ + kv_head * dim, position, values(index, slot, kv_head));
-    }
+  // Keys and values of all tokens first: later tokens of a slot see earlier ones of the same pass. A thread takes as many
+  // tokens as a key tile has positions; what it writes into a tile is the bytes of its own positions.
+  for (size_t tile; (tile = pool_.take(1)) * kLanes < count_;) {
+    const size_t first = tile * kLanes, last = std::min(count_, first + kLanes);
+    for (size_t t = first; t < last; ++t) turn(layer, layer.k_norm, k_.floats() + t * kv_stride_, layer.kv_heads, t);
+    for (size_t head = 0; head < layer.kv_heads; ++head)
+      for (size_t t = first; t < last; ++t) {
+        const size_t slot = static_cast<size_t>(slots_[t]), position = static_cast<size_t>(positions_[t]);
+        const size_t at = t * kv_stride_ + head * dim;
+        kernels_.attention.store_key(layout, k_.floats() + at, position, keys(index, slot, head));
+        kernels_.attention.store_value(layout, v_.floats() + at, position, values(index, slot, head));
+      }
+  }
   pool_.barrier();
 
   const Attended to{layout, layer.heads, layer.kv_heads, layer.scale, layer.bias.get()};

@@ -25,9 +25,10 @@ void Session::attend_rows(size_t thread, const Attended& to, Place place, Range 
   float* sums = scratch + kAttentionScratch;           // (queries, padded)
   float* parts = sums + kMaxQueries * kMaxHeadDim;     // the chunk at hand
   float* rotated = parts + kMaxQueries * kMaxHeadDim;  // (queries, dim)
+  // Head by head: keys and values of one stay in the cache while all queries meet them.
   for (size_t item; (item = pool_.take(1)) < token_groups * to.kv_heads * passes;) {
-    const size_t from = item / (to.kv_heads * passes) * tokens_at_once, until = std::min(count_, from + tokens_at_once);
-    const size_t kv_head = item / passes % to.kv_heads, pass = item % passes;
+    const size_t from = item % token_groups * tokens_at_once, until = std::min(count_, from + tokens_at_once);
+    const size_t kv_head = item / token_groups / passes, pass = item / token_groups % passes;
     const size_t head = kv_head * group + pass * heads_at_once, heads = std::min(heads_at_once, group - pass * heads_at_once);
     for (size_t t = from; t < until;) {  // tokens of one slot share a pass
       size_t next = t + 1;
