@@ -17,11 +17,11 @@ IDLE_S = 0.03  # before a measurement: threads of the runtime before it spin for
 
 
 def edgewise(settings: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    """One sequence after the other, as `embed` reads them."""
     from edgewise.engine.loading import load
 
-    model = load(settings["model"], format=settings["format"], threads=settings["threads"], context=settings["tokens"])
-    return (lambda ids: np.stack([model.states(row) for row in ids])), {"tier": model.tier}
+    model = load(settings["model"], format=settings["format"], threads=settings["threads"], context=settings["tokens"],
+                 slots=max(settings["batches"]))
+    return (lambda ids: np.stack(model.states_of(ids))), {"tier": model.tier}
 
 
 def torch(settings: dict[str, Any]) -> tuple[Run, dict[str, Any]]:

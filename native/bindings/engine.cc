@@ -330,6 +330,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("scratch_nbytes", &Session::scratch_nbytes)
       .def_prop_ro("threads", &Session::threads)
       .def_prop_ro("tier", [](const Session& s) { return std::string(tier_name(s.tier())); })
+      .def_prop_ro("slots", [](const Session& s) { return s.config().slots; })
       .def_prop_ro("batch", [](const Session& s) { return s.config().batch; })
       .def_prop_ro("context", [](const Session& s) { return s.config().context; });
 }

@@ -68,3 +68,20 @@ def test_a_batch_is_not_for_encoders():
     assert [n.kind for n in notices] == ["ignored"]
     ids = list(range(20))
     assert model.forward(ids) == pytest.approx(forward(plan_of(bert()), ids), abs=1e-4)
+
+
+@pytest.mark.parametrize("form", [None, "bf16", "int8/g32"])
+def test_sequences_read_at_once_have_the_bits_they_have_alone(form):
+    """Lengths around tiles, more sequences than slots, and so many tokens that products are split by tokens too."""
+    with collect_notices():
+        alone, many = (model_of(bert(), threads=2, slots=slots, format=form) for slots in (1, 13))
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 257, n) for n in (1, 48, 15, 16, 17, 48, 48, 40, 48, 2, 48, 48, 48, 33, 5)]
+    found = many.states_of(sequences)
+    assert [len(states) for states in found] == [len(ids) for ids in sequences]
+    for ids, states in zip(sequences, found, strict=True):
+        assert np.array_equal(states, alone.states(ids))
+    assert many.states_of([]) == []
+    with pytest.raises(ContextOverflowError, match="49 tokens do not fit"):
+        many.states_of([[1], list(range(49))])
+    assert np.array_equal(many.embed([TEXT, "x"]), alone.embed([TEXT, "x"]))

@@ -53,7 +53,7 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     A model that `edgewise fit` wrote brings its own kv, and its context and memory where neither is given.
     threads: physical cores that this process may use, by default. context: positions, at most the model's own.
     kv: "fp16" (default), "int8", "int4" or "fp32"; an encoder keeps float32. An encoder-decoder has `context` positions
-    for the text and as many for the answer. slots: sequences held at a time.
+    for the text and as many for the answer. slots: sequences held at a time, and by an encoder read at a time.
     activations: "float32" runs quantised weights on float inputs, slower and without the rounding of "int8".
     cache: map weights packed by an earlier start. tuning: by default what this machine was tuned to.
     Raises SourceError, FormatError, UnsupportedError, BudgetError.
@@ -259,8 +259,8 @@ def divide_memory(plan: Plan, weight_bytes: int, kv: str, memory_bytes: int | No
                   batch: int | None, slots: int, threads: int, *, most: int | None = None) -> tuple[int, int]:
     """(context, batch) that fit: weights + KV + scratch <= memory_bytes.
 
-    An encoder sees a whole sequence in one pass, so its batch is its context. most: the context of a fitted model,
-    which gives way where more threads leave less memory.
+    An encoder sees whole sequences in one pass, as many as it has slots, so its batch is its context times these.
+    most: the context of a fitted model, which gives way where more threads leave less memory.
     """
     limit = plan.context if most is None else min(max(most, 1), plan.context)
     if plan.position_embedding is not None:
@@ -280,7 +280,7 @@ def divide_memory(plan: Plan, weight_bytes: int, kv: str, memory_bytes: int | No
         if batch not in (None, wanted):
             notice("ignored", f"an encoder reads its whole context of {wanted} in one pass, not {batch} tokens",
                    where="batch")
-        batch = wanted
+        batch = wanted * slots
         if memory_bytes is not None and needed(wanted, batch) > memory_bytes:
             raise _too_little(memory_bytes, needed(wanted, batch), weight_bytes, wanted)
         return wanted, batch

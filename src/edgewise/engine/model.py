@@ -176,19 +176,23 @@ class LanguageModel:
         return self._passes(self.session, ids, slot)
 
     def _passes(self, session: Any, ids: Sequence[int] | NDArray[np.int32], slot: int) -> Iterator[NDArray[np.int32]]:
-        given = np.asarray(ids)
-        if given.ndim != 1 or not len(given) or not np.issubdtype(given.dtype, np.integer):
-            raise InvalidValueError(f"a sequence is at least one token id; given shape {given.shape} of {given.dtype}")
-        tokens = np.ascontiguousarray(given, np.int32)
-        if session.length(slot) + len(tokens) > self.context:
-            raise ContextOverflowError(
-                f"{session.length(slot) + len(tokens)} tokens do not fit the context of {self.context} positions; "
-                "shorten the text or load the model with a longer context")
+        tokens = self._tokens(ids, session.length(slot))
         for start in range(0, len(tokens), session.batch):
             part = tokens[start:start + session.batch]
             with native_errors():
                 session.forward(part, np.full(len(part), slot, np.int32))
             yield np.arange(len(part), dtype=np.int32)
+
+    def _tokens(self, ids: Sequence[int] | NDArray[np.int32], held: int = 0) -> NDArray[np.int32]:
+        """A sequence that fits behind the `held` tokens of a slot."""
+        given = np.asarray(ids)
+        if given.ndim != 1 or not len(given) or not np.issubdtype(given.dtype, np.integer):
+            raise InvalidValueError(f"a sequence is at least one token id; given shape {given.shape} of {given.dtype}")
+        if held + len(given) > self.context:
+            raise ContextOverflowError(
+                f"{held + len(given)} tokens do not fit the context of {self.context} positions; "
+                "shorten the text or load the model with a longer context")
+        return np.ascontiguousarray(given, np.int32)
 
     def embed(self, texts: str | Sequence[str], *, pooling: str | None = None, normalise: bool = True) -> Float32:
         """Sentence embeddings, (texts, hidden). pooling: mean, cls or last; by default the model's own, else mean."""
@@ -197,8 +201,7 @@ class LanguageModel:
         if pooling not in ("mean", "cls", "last"):
             raise InvalidValueError(f"pooling is mean, cls or last; given {pooling!r}")
         rows = []
-        for text in [texts] if isinstance(texts, str) else texts:
-            states = self.states(self.encode(text))
+        for states in self.states_of([self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]):
             row = {"mean": lambda s=states: s.mean(axis=0), "cls": lambda s=states: s[0],
                    "last": lambda s=states: s[-1]}[pooling]()
             rows.append(row / max(float(np.linalg.norm(row)), 1e-12) if normalise else row)
@@ -213,6 +216,26 @@ class LanguageModel:
         parts = [np.asarray(session.normed(rows)) for rows in self._passes(session, ids, 0)]
         session.truncate(0, 0)
         return np.concatenate(parts)
+
+    def states_of(self, sequences: Sequence[Sequence[int]]) -> list[Float32]:
+        """`states` of each sequence. An encoder reads as many at once as it has slots, to the same numbers."""
+        if self.kind != "encoder" or self.session.slots == 1:
+            return [self.states(ids) for ids in sequences]
+        texts, slots = [self._tokens(ids) for ids in sequences], int(self.session.slots)
+        return [states for start in range(0, len(texts), slots)
+                for states in self._states_together(texts[start:start + slots])]
+
+    def _states_together(self, sequences: Sequence[NDArray[np.int32]]) -> list[Float32]:
+        """Of at least one sequence and no more than slots, each within the context, in one pass."""
+        slots = np.repeat(np.arange(len(sequences), dtype=np.int32), [len(tokens) for tokens in sequences])
+        for slot in range(len(sequences)):
+            self.reset(slot)
+        with native_errors():
+            self.session.forward(np.concatenate(sequences), slots)
+        states = np.asarray(self.session.normed(np.arange(len(slots), dtype=np.int32)))
+        for slot in range(len(sequences)):
+            self.reset(slot)
+        return np.split(states, np.cumsum([len(tokens) for tokens in sequences])[:-1])
 
     def perplexity(self, text: str | Sequence[int], *, windows: int | None = None, window: int = 512,
                    progress: Callable[[str, int, int], None] | None = None) -> float:
