@@ -112,9 +112,12 @@ def pair(ours: Worker, peer: Worker, test: Test, pairs: int, before: Callable[[]
 
 
 def commit() -> str:
-    """Of edgewise's own repository."""
-    found = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip()
+    """Of edgewise's own repository; "dirty" when what runs differs from it, results apart."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(HERE.parent), *words], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
+    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
 def peer_environment(about: dict[str, Any]) -> dict[str, Any]:
