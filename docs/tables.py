@@ -6,10 +6,12 @@ A table stands between <!-- NAME --> and <!-- /NAME -->.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edgewise.cli import VERBS
 from edgewise.core import numbers
@@ -59,7 +61,44 @@ def shipped_devices() -> str:
     return grid(("name", "device", "what it is"), rows)
 
 
+def results(pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "docs/results").glob(pattern))]
+
+
+def with_interval(ratio: float, low: float, high: float) -> str:
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
+def language_models() -> str:
+    """Every pair of benchmarks/llm.py."""
+    rows = []
+    for report in results("llm-*.json"):
+        for threads, test, ours, peer, ratio, low, high, _ in report["tables"][0]["rows"]:
+            # A name that carries the file it was made from ends in the type that it has now.
+            model = re.sub(r"-[0-9a-f]{12}(?=\.)|\.gguf$|\.Q4_1(?=-[0-9a-f]{12})", "", report["environment"]["model"])
+            rows.append((model.replace(".", " "), test, str(threads), f"{ours:.0f}", f"{peer:.0f}",
+                         with_interval(ratio, low, high)))
+    return grid(("file", "test", "threads", "edgewise, token/s", "llama.cpp, token/s", "ratio"), rows)
+
+
+def starts() -> str:
+    """Every pair of benchmarks/start.py."""
+    rows = [(file.upper(), setting, f"{ours * 1e3:.0f} ms", f"{peer * 1e3:.0f} ms", with_interval(ratio, low, high))
+            for report in results("start.json")
+            for file, setting, ours, peer, ratio, low, high in report["tables"][0]["rows"]]
+    return grid(("file", "start", "edgewise", "llama.cpp", "time over llama.cpp's"), rows)
+
+
+def encoders() -> str:
+    """Every pair of benchmarks/encoders.py that something is required of."""
+    rows = [(str(batch), ours, peer, with_interval(ratio, low, high))
+            for report in results("encoders.json")
+            for batch, ours, peer, ratio, low, high, required in report["tables"][1]["rows"] if required]
+    return grid(("batch", "edgewise", "beside", "times as fast"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "language models": language_models, "starts": starts, "encoders": encoders,
     "rooms": rooms, "verbs": verbs, "numbers": number_formats, "gguf": gguf_types, "devices": shipped_devices,
 }
 
