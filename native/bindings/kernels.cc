@@ -90,13 +90,13 @@ void matmul(const PackedMatrix& w, Matrix<float> x, Output<float> y, const std::
   int8 = int8 && w.format.quantised();
   if (int8) {
     a.place_int8(buffer.data());
-    for (size_t t = 0; t < tokens; ++t) table.rows.quantise(x.data() + t * w.cols, a, t);
+    for (size_t t = 0; t < tokens; ++t) table.rows.quantise(x.data() + t * w.cols, 0, w.cols, a, t);
   } else if (w.format.element == Element::BFloat16Pairs) {
     a.place_bfloat(buffer.data());
-    for (size_t t = 0; t < tokens; ++t) table.rows.place_bfloat(x.data() + t * w.cols, a, t);
+    for (size_t t = 0; t < tokens; ++t) table.rows.place_bfloat(x.data() + t * w.cols, 0, w.cols, a, t);
   } else {
     a.place_float(buffer.data());
-    for (size_t t = 0; t < tokens; ++t) table.rows.place(x.data() + t * w.cols, a, t);
+    for (size_t t = 0; t < tokens; ++t) table.rows.place(x.data() + t * w.cols, 0, w.cols, a, t);
   }
   const MatmulKernel kernel = table.matmul(w.format, int8);
   const size_t stride = w.panels() * kLanes;

@@ -134,7 +134,7 @@ void Session::feed_one(const Experts& experts, const LayerKernels& k, const Inpu
   for (size_t c = 0; c < n; ++c) {
     const Linear& down = experts.experts[static_cast<size_t>(chosen[c])].down;
     middle[c] = place(1, down.cols(), 1, edgewise::inputs_of({&down}), thread_experts_[thread].data() + c * one);
-    convert(ffn_.floats() + c * ffn_stride_, middle[c], 0);
+    convert(ffn_.floats() + c * ffn_stride_, 0, down.cols(), middle[c], 0);
   }
   const size_t hidden = model_->hidden, panels = (hidden + kLanes - 1) / kLanes;
   const size_t down_step = panels_at_once(panels * n, config_.threads, 1);
@@ -158,7 +158,7 @@ void Session::convert_groups(Inputs Group::*inputs, Row row) {
     Group& g = *std::prev(std::upper_bound(groups_.begin(), groups_.end(), tile, [](size_t t, const Group& group) { return t < group.tile; }));
     Inputs& x = g.*inputs;
     for (size_t i = (tile - g.tile) * kLanes; i < std::min(g.count, (tile - g.tile + 1) * kLanes); ++i)
-      convert(row(g.first + i), x, i);
+      convert(row(g.first + i), 0, x.int8.cols, x, i);
   }
   pool_.barrier();
 }

@@ -64,7 +64,8 @@ void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n,
   pool_.barrier();
 }
 
-void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase) {
+// down: where the results go as inputs of the next linear, tile by tile; null: into rows of ffn_.
+void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase, Inputs* down) {
   mark(thread, Operator::GateUp);
   if (count_ == 1) {
     gate_and_up_one(layer, k, inputs, thread, phase);
@@ -75,7 +76,7 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
   const Items items(panels, layer.up.weight.panel_nbytes, config_.threads, tokens, config_.tuning.runs_per_thread);
   const Activations& x_up = inputs.of(layer.up);
   const Activations& x_gate = inputs.of(layer.gate);
-  float gate[kLanes * kMostPanels * kLanes];
+  float gate[kLanes * kMostPanels * kLanes], local[kLanes * kMostPanels * kLanes];
   for (size_t item = pool_.take(1), after; item < items.count(); item = after) {
     after = pool_.take(1);
     const size_t run = items.run_of(item), from = items.first_panel(run), n = std::min(panels, items.first_panel(run + 1)) - from;
@@ -87,12 +88,15 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
     };
     for (size_t tile = first_tile; tile < last_tile; ++tile) {
       const size_t count = std::min(x_up.slots, tokens - tile * x_up.slots);
-      float* up = ffn_.floats() + tile * x_up.slots * ffn_stride_ + from * kLanes;
-      k.up(layer.up.weight, from, n, x_up, tile, 0, count, {up, ffn_stride_, layer.up.bias_of(from)}, ahead(layer.up.weight, tile));
+      const size_t stride = down == nullptr ? ffn_stride_ : width;
+      float* up = down == nullptr ? ffn_.floats() + tile * x_up.slots * stride + from * kLanes : local;
+      k.up(layer.up.weight, from, n, x_up, tile, 0, count, {up, stride, layer.up.bias_of(from)}, ahead(layer.up.weight, tile));
       if (gated)
         k.gate(layer.gate.weight, from, n, x_gate, tile, 0, count, {gate, width, layer.gate.bias_of(from)}, ahead(layer.gate.weight, tile));
-      for (size_t t = 0; t < count; ++t)
-        kernels_.rows.gate(layer.function, gated ? gate + t * width : nullptr, up + t * ffn_stride_, width);
+      for (size_t t = 0; t < count; ++t) {
+        kernels_.rows.gate(layer.function, gated ? gate + t * width : nullptr, up + t * stride, width);
+        if (down != nullptr) convert(up + t * stride, from * kLanes, width, *down, tile * x_up.slots + t);
+      }
     }
   }
   pool_.barrier();
@@ -125,21 +129,32 @@ Operator Session::operator_of(size_t phase) const {
   return which == kQueriesKeysValues ? Operator::Qkv : which == kOut ? Operator::Out : Operator::Down;
 }
 
-void Session::run_layer(size_t index, size_t thread) {
+// Whether the norm at the end of a layer is left to the next one, which reads every row anyway.
+bool Session::leaves_norm(size_t index, size_t last) const {
+  return count_ > 1 && index + 1 < last && model_->layers[index].post_norm && model_->layers[index + 1].post_norm;
+}
+
+// Layers first .. last - 1 are run one after the other.
+void Session::run_layer(size_t index, size_t thread, size_t first, size_t last) {
   const Layer& layer = model_->layers[index];
   const LayerKernels& k = layer_kernels_[index];
   const size_t hidden = model_->hidden;
-  auto normed = [&](const Norm& norm) {
-    return [this, &norm, post = layer.post_norm](size_t token, float* buffer) -> const float* {
-      const float* x = x_.floats() + token * hidden_stride_;
+  // The input of a part: normed before it, or, where norms come after, normed in place now if that is still to be done.
+  auto normed = [&](const Norm& before, const Norm* pending) {
+    return [this, &before, pending, post = layer.post_norm](size_t token, float* buffer) -> const float* {
+      float* x = x_.floats() + token * hidden_stride_;
+      if (post && pending != nullptr) apply_norm(kernels_, *pending, x, model_->hidden, x);
       if (post) return x;
-      apply_norm(kernels_, norm, x, model_->hidden, buffer);
+      apply_norm(kernels_, before, x, model_->hidden, buffer);
       return buffer;
     };
   };
+  const bool leaves_attention_norm = layer.post_norm && count_ > 1 && !layer.cross;
 
   {
-    const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.q, &layer.k, &layer.v}), Site::Attention, normed(layer.attention_norm));
+    const Norm* pending = index > first && leaves_norm(index - 1, last) ? &model_->layers[index - 1].feed_forward_norm : nullptr;
+    const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.q, &layer.k, &layer.v}), Site::Attention,
+                                  normed(layer.attention_norm, pending));
     const Work works[] = {{&layer.q, k.q, q_.floats(), q_stride_, false},
                           {&layer.k, k.k, k_.floats(), kv_stride_, false},
                           {&layer.v, k.v, v_.floats(), kv_stride_, false}};
@@ -162,23 +177,27 @@ void Session::run_layer(size_t index, size_t thread) {
     multiply(thread, phase_of(index, kOut), &work, 1, inputs, count_);
     if (normed_after) add_normed(layer.after_attention);
   }
-  if (layer.post_norm) norm_rows(layer.attention_norm, thread);
+  if (layer.post_norm && !leaves_attention_norm) norm_rows(layer.attention_norm, thread);
   if (layer.cross) attend_across(*layer.cross, index, thread);
   if (layer.experts) return feed_experts(layer, k, thread);
+  // Of several tokens the feed-forward goes from one linear to the next without rows between them.
+  const bool direct = count_ > 1 && !capture_;
+  Inputs down = direct ? place(count_, layer.down.cols(), kLanes, inputs_of({&layer.down}), ffn_.data()) : Inputs{};
   {
-    const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.gate, &layer.up}),
-                                  Site::FeedForward, normed(layer.feed_forward_norm));
-    gate_and_up(layer, k, inputs, thread, phase_of(index, kGateAndUp));
+    const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.gate, &layer.up}), Site::FeedForward,
+                                  normed(layer.feed_forward_norm, leaves_attention_norm ? &layer.attention_norm : nullptr));
+    gate_and_up(layer, k, inputs, thread, phase_of(index, kGateAndUp), direct ? &down : nullptr);
   }
   {
-    const Inputs inputs = prepare(thread, layer.down.cols(), count_, inputs_of({&layer.down}),
-                                  Site::Down, [&](size_t token, float*) { return ffn_.floats() + token * ffn_stride_; });
+    if (!direct)
+      down = prepare(thread, layer.down.cols(), count_, inputs_of({&layer.down}), Site::Down,
+                     [&](size_t token, float*) { return ffn_.floats() + token * ffn_stride_; });
     const bool normed_after = layer.after_feed_forward.kind != Norm::Kind::None;
     const Work work = {&layer.down, k.down, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
-    multiply(thread, phase_of(index, kDown), &work, 1, inputs, count_);
+    multiply(thread, phase_of(index, kDown), &work, 1, down, count_);
     if (normed_after) add_normed(layer.after_feed_forward);
   }
-  if (layer.post_norm) norm_rows(layer.feed_forward_norm, thread);
+  if (layer.post_norm && !leaves_norm(index, last)) norm_rows(layer.feed_forward_norm, thread);
 }
 
 void Session::head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread) {

@@ -98,10 +98,12 @@ inline Session::Inputs Session::place(size_t tokens, size_t cols, size_t slots, 
   return inputs;
 }
 
-inline void Session::convert(const float* row, Inputs& inputs, size_t token) const {
-  if (inputs.int8.q != nullptr) kernels_.rows.quantise(row, inputs.int8, token);
-  if (inputs.floats.f != nullptr) kernels_.rows.place(row, inputs.floats, token);
-  if (inputs.bfloats.bf != nullptr) kernels_.rows.place_bfloat(row, inputs.bfloats, token);
+// n values of a token from the input `first` on, as far as there are inputs.
+inline void Session::convert(const float* values, size_t first, size_t n, Inputs& inputs, size_t token) const {
+  n = std::min(n, inputs.int8.cols - first);
+  if (inputs.int8.q != nullptr) kernels_.rows.quantise(values, first, n, inputs.int8, token);
+  if (inputs.floats.f != nullptr) kernels_.rows.place(values, first, n, inputs.floats, token);
+  if (inputs.bfloats.bf != nullptr) kernels_.rows.place_bfloat(values, first, n, inputs.bfloats, token);
 }
 
 // Inputs of a phase, rounded to all that is wanted. For one token every thread makes its own copy, which costs less than a
@@ -115,7 +117,7 @@ Session::Inputs Session::prepare(size_t thread, size_t cols, size_t tokens, unsi
   float* scratch = thread_rows_[thread].floats();
   auto take = [&](size_t token) {
     const float* values = row(token, scratch);
-    convert(values, inputs, token);
+    convert(values, 0, cols, inputs, token);
     if (capture_ && (!own || thread == 0))
       std::memcpy(captured_[static_cast<size_t>(site)].data() + token * cols, values, cols * sizeof(float));
   };

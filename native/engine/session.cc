@@ -98,14 +98,14 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   hidden_stride_ = padded16(m.hidden);
   q_stride_ = padded16(q_width);
   kv_stride_ = padded16(kv_width);
-  ffn_stride_ = padded16(ffn_width);
+  ffn_stride_ = (ffn_width + kBlock - 1) / kBlock * kBlock;  // whole blocks: inputs of the last linear lie here too
   const size_t n = config_.batch;
   x_ = Pages(n * hidden_stride_ * 4);
   q_ = Pages(n * q_stride_ * 4);
   k_ = Pages(n * kv_stride_ * 4);
   v_ = Pages(n * kv_stride_ * 4);
   attention_ = Pages(n * q_stride_ * 4);
-  ffn_ = Pages(n * std::max<size_t>(per_token_, 1) * ffn_stride_ * 4);
+  ffn_ = Pages(padded16(n) * std::max<size_t>(per_token_, 1) * ffn_stride_ * 4);
   if (normed_after || per_token_ > 0) branch_ = Pages(n * hidden_stride_ * 4);
   partial_ = Pages(partial * 4);
   const size_t whole = std::max<size_t>(n, kLanes);
@@ -237,7 +237,7 @@ void Session::run_layers(size_t first, size_t last) {
   const Profile::Counting counting(profile_);
   pool_.run([=, this](size_t thread) {
     plan_reads(thread);
-    for (size_t layer = first; layer < last; ++layer) run_layer(layer, thread);
+    for (size_t layer = first; layer < last; ++layer) run_layer(layer, thread, first, last);
   });
 }
 

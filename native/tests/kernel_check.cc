@@ -446,12 +446,12 @@ void check_rows(Tier tier, const RowKernels& found, const RowKernels& expected) 
         for (size_t t = 0; t < tokens; ++t) {
           std::vector<float> row = filled<float>(n, [&] { return random.value() * size; });
           if (t == 2) row.assign(n, 0.0f);
-          found.quantise(row.data(), a, t);
-          expected.quantise(row.data(), b, t);
-          found.place(row.data(), a, t);
-          expected.place(row.data(), b, t);
-          found.place_bfloat(row.data(), a, t);
-          expected.place_bfloat(row.data(), b, t);
+          found.quantise(row.data(), 0, row.size(), a, t);
+          expected.quantise(row.data(), 0, row.size(), b, t);
+          found.place(row.data(), 0, row.size(), a, t);
+          expected.place(row.data(), 0, row.size(), b, t);
+          found.place_bfloat(row.data(), 0, row.size(), a, t);
+          expected.place_bfloat(row.data(), 0, row.size(), b, t);
         }
         place.buffers(h, i, "bfloat16 inputs");
         quantise.buffers(p, q, "codes, scales and sums");
@@ -540,9 +540,9 @@ void check_matmul(Case& test, const Kernels& found, const Kernels& reference, co
       x.place_bfloat(halves.data);
       for (size_t t = 0; t < tokens; ++t) {
         const std::vector<float> row = filled<float>(cols, [&] { return random.value(); });
-        reference.rows.quantise(row.data(), x, t);
-        reference.rows.place(row.data(), x, t);
-        reference.rows.place_bfloat(row.data(), x, t);
+        reference.rows.quantise(row.data(), 0, row.size(), x, t);
+        reference.rows.place(row.data(), 0, row.size(), x, t);
+        reference.rows.place_bfloat(row.data(), 0, row.size(), x, t);
       }
       struct { size_t tile, slot, count; } const parts[] = {{0, 0, tokens < 16 ? tokens : 16}, {1, 0, 5}, {0, 3, 7}, {0, 15, 1}, {1, 2, 2}};
       for (size_t part = 0; part < (tokens == 1 ? 1u : tokens == 16 ? 1u : 5u); ++part) {

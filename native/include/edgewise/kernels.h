@@ -77,10 +77,11 @@ struct RowKernels {
   void (*add)(const float* x, size_t n, float* y);
   // up = f(gate) * up, or f(up) when gate is null, over n values (a multiple of 16).
   void (*gate)(Gate function, const float* gate, float* up, size_t n);
-  // One token into its slot of x: cols values rounded to int8, as they are, or rounded to bfloat16; padded with zeros.
-  void (*quantise)(const float* row, Activations& x, size_t token);
-  void (*place)(const float* row, Activations& x, size_t token);
-  void (*place_bfloat)(const float* row, Activations& x, size_t token);
+  // n values of one token, from input `first` on (the first of a block), into its slot of x: rounded to int8, as they
+  // are, or rounded to bfloat16. The last block is padded with zeros.
+  void (*quantise)(const float* values, size_t first, size_t n, Activations& x, size_t token);
+  void (*place)(const float* values, size_t first, size_t n, Activations& x, size_t token);
+  void (*place_bfloat)(const float* values, size_t first, size_t n, Activations& x, size_t token);
   // Where the highest of n values is, the first of equal ones; NaN is passed over, and without any number it is 0.
   size_t (*highest)(const float* x, size_t n);
   // Sum of e^(x - peak) over n values, peak their maximum.

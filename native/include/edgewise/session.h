@@ -144,7 +144,8 @@ class Session {
   Operator operator_of(size_t phase) const;
   MatmulKernel kernel_for(const Linear& linear);
   void embed(size_t thread);
-  void run_layer(size_t index, size_t thread);
+  void run_layer(size_t index, size_t thread, size_t first, size_t last);
+  bool leaves_norm(size_t index, size_t last) const;
   template <class Row>
   Inputs prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row);
   void multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens);
@@ -164,13 +165,13 @@ class Session {
   void choose(const Experts& experts, size_t token, int32_t* chosen, float* weights) const;
   void group(const Experts& experts);
   static Inputs place(size_t tokens, size_t cols, size_t slots, unsigned wanted, uint8_t* buffer);
-  void convert(const float* row, Inputs& inputs, size_t token) const;
+  void convert(const float* values, size_t first, size_t n, Inputs& inputs, size_t token) const;
   size_t inputs_nbytes(size_t tokens, size_t slots) const;
   template <class Row>
   void convert_groups(Inputs Group::*inputs, Row row);
   void expert_panel(const FeedForward& expert, const ExpertKernels& k, const Inputs& inputs, size_t tile, size_t panel,
                     size_t count, float* y) const;
-  void gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase);
+  void gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase, Inputs* down);
   bool splits_chunks(const Layer& layer) const;
   void attend_one(const Layer& layer, size_t index, size_t thread);
   void merge_one(const Layer& layer, size_t index, float* out) const;

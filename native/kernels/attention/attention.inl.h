@@ -81,7 +81,7 @@ void quantised_scores(const AttentionTask& task, size_t first_tile, size_t last_
   x.slots = kLanes;
   x.place_int8(reinterpret_cast<uint8_t*>(scratch));
   const auto quantise = row_kernels().quantise;
-  for (size_t i = 0; i < task.queries; ++i) quantise(task.q + i * task.q_stride, x, i);
+  for (size_t i = 0; i < task.queries; ++i) quantise(task.q + i * task.q_stride, 0, x.cols, x, i);
   PackedMatrix keys;
   keys.format = task.layout->key_format();
   keys.cols = x.cols;

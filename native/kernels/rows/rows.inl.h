@@ -60,12 +60,12 @@ void gate_rows(Gate function, const float* gate, float* up, size_t n) {
 }
 
 // Blocks of 32 inputs to int8: scale = peak / 127, codes = round(x / scale), ties to even.
-void quantise(const float* row, Activations& x, size_t token) {
+void quantise(const float* values, size_t first, size_t n, Activations& x, size_t token) {
   const size_t blocks = x.blocks(), tile = token / x.slots, slot = token % x.slots;
-  for (size_t b = 0; b < blocks; ++b) {
-    const size_t from = b * kBlock, at = (tile * blocks + b) * x.slots + slot;
-    const Floats low = load_tail(row + from, x.cols - from);
-    const Floats high = x.cols - from > kLanes ? load_tail(row + from + kLanes, x.cols - from - kLanes) : zero();
+  for (size_t from = 0; from < n; from += kBlock) {
+    const size_t at = (tile * blocks + (first + from) / kBlock) * x.slots + slot;
+    const Floats low = load_tail(values + from, n - from);
+    const Floats high = n - from > kLanes ? load_tail(values + from + kLanes, n - from - kLanes) : zero();
     const float peak = reduce_max(max(abs(low), abs(high)));
     const float scale = peak >= kSmallestPeak ? peak / 127.0f : 1.0f;
     const Ints q_low = to_ints(div(low, set1(scale))), q_high = to_ints(div(high, set1(scale)));
@@ -81,13 +81,12 @@ void quantise(const float* row, Activations& x, size_t token) {
   }
 }
 
-void place(const float* row, Activations& x, size_t token) {
+void place(const float* values, size_t first, size_t n, Activations& x, size_t token) {
   const size_t blocks = x.blocks(), tile = token / x.slots, slot = token % x.slots;
-  for (size_t b = 0; b < blocks; ++b) {
-    const size_t from = b * kBlock;
-    float* f = x.f + ((tile * blocks + b) * x.slots + slot) * kBlock;
-    store(f, load_tail(row + from, x.cols - from));
-    store(f + kLanes, x.cols - from > kLanes ? load_tail(row + from + kLanes, x.cols - from - kLanes) : zero());
+  for (size_t from = 0; from < n; from += kBlock) {
+    float* f = x.f + ((tile * blocks + (first + from) / kBlock) * x.slots + slot) * kBlock;
+    store(f, load_tail(values + from, n - from));
+    store(f + kLanes, n - from > kLanes ? load_tail(values + from + kLanes, n - from - kLanes) : zero());
   }
 }
 
@@ -115,13 +114,12 @@ size_t highest(const float* x, size_t n) {
   return at;
 }
 
-void place_bfloat(const float* row, Activations& x, size_t token) {
+void place_bfloat(const float* values, size_t first, size_t n, Activations& x, size_t token) {
   const size_t blocks = x.blocks(), tile = token / x.slots, slot = token % x.slots;
-  for (size_t b = 0; b < blocks; ++b) {
-    const size_t from = b * kBlock;
-    uint16_t* bf = x.bf + ((tile * blocks + b) * x.slots + slot) * kBlock;
-    store_bfloat(bf, load_tail(row + from, x.cols - from));
-    store_bfloat(bf + kLanes, x.cols - from > kLanes ? load_tail(row + from + kLanes, x.cols - from - kLanes) : zero());
+  for (size_t from = 0; from < n; from += kBlock) {
+    uint16_t* bf = x.bf + ((tile * blocks + (first + from) / kBlock) * x.slots + slot) * kBlock;
+    store_bfloat(bf, load_tail(values + from, n - from));
+    store_bfloat(bf + kLanes, n - from > kLanes ? load_tail(values + from + kLanes, n - from - kLanes) : zero());
   }
 }
 

@@ -79,7 +79,6 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
     routed = [layer.feed_forward for layer in plan.layers if isinstance(layer.feed_forward, Experts)]
     per_token = max((part.top_k + (part.shared is not None) for part in routed), default=0)
     rows = sum(_up(width, 16) for width in (plan.hidden, q_width, kv_width, kv_width, q_width))
-    rows += max(per_token, 1) * _up(ffn_width, 16)
     if routed or any(layer.after_attention or layer.after_feed_forward for layer in plan.layers):
         rows += _up(plan.hidden, 16)
     chunks = -(-context // _CHUNK)
@@ -87,7 +86,8 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
     shared = _inputs_bytes(max(batch, 16), cols, 16, bfloats)
     own = _inputs_bytes(1, cols, 1, bfloats) + _up(cols, 16) * 4
     attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + 3 * _MAX_QUERIES * _MAX_HEAD_DIM) * 4
-    total = batch * rows * 4 + partial * 4 + shared + threads * (own + attention)
+    wide = _up(batch, 16) * max(per_token, 1) * _up(ffn_width, 32)
+    total = (batch * rows + wide) * 4 + partial * 4 + shared + threads * (own + attention)
     if plan.encoder is not None:
         total += scratch_bytes(plan.encoder, context, context, threads)
     if routed:
