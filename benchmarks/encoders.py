@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,18 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from workers import HERE, Process, commit, publish
 
 from edgewise.core.errors import collect_notices
 from edgewise.core.report import Quantity, Report, Table
 from edgewise.data.texts import text
 from edgewise.data.tokenizer import tokenizer_of
-from edgewise.formats.cache import file_sha256, write_aside
+from edgewise.formats.cache import file_sha256
 from edgewise.formats.sources import open_checkpoint, resolve
 from edgewise.measure.machine import probe, usable_cores
 from edgewise.measure.repeat import Comparison, rounds
-from edgewise.report import render
 
-HERE = Path(__file__).parent
 FORMATS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8/g32/fp16"}
 """Short names of the formats that edgewise runs in."""
 CALLS = {1: 7, 8: 2}
@@ -45,40 +43,18 @@ WANTED = (("fp32", "onnxruntime fp32", 1.05), ("fp32", "openvino fp32", 0.95), (
 """edgewise's format, the peer it is held against, and how many times as fast it is required to be."""
 
 
-class Worker:
+class Worker(Process):
     """A process that runs one runtime."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.settings = settings
-        threads = str(settings["threads"])
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker_encoder.py"), json.dumps(settings)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": "1"})
-        self.about = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return dict(json.loads(line))
-        raise SystemExit(f"{dict(self.settings)}: the worker ended with status {self._process.wait()}")
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        super().__init__(sys.executable, "worker_encoder.py", settings, OMP_NUM_THREADS=str(settings["threads"]),
+                         OPENBLAS_NUM_THREADS="1")
 
     def seconds(self, batch: int) -> float:
         return float(self.ask(what="time", batch=batch, calls=CALLS.get(batch, 3))["seconds"])
 
     def embeddings(self, batch: int) -> Any:
         return np.array(self.ask(what="embeddings", batch=batch)["embeddings"])
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
 
 
 @contextmanager
@@ -110,11 +86,6 @@ def texts_of(model: str, count: int, tokens: int) -> tuple[Any, str]:
     per_row = len(articles) // count
     rows = [tokenizer.encode(" ".join(articles[i * per_row:(i + 1) * per_row])) for i in range(count)]
     return np.array([[*row[:tokens - 1], row[-1]] for row in rows], np.int64), source.sha256
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip()
 
 
 def main() -> None:
@@ -196,10 +167,7 @@ def main() -> None:
             "formats": FORMATS, "versions": versions, "pairs": options.pairs,
             "calls of a run": {batch: CALLS.get(batch, 3) for batch in batches}},
         notices=tuple(notices))
-    print(render(report, "markdown"))
-    if options.out:
-        with write_aside(options.out) as file:
-            file.write((json.dumps(report.to_json(), indent=1) + "\n").encode())
+    publish(report, options.out)
 
 
 if __name__ == "__main__":

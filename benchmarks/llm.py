@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,16 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from files import model_file
+from workers import Process, commit, publish
 
 from edgewise.core.errors import collect_notices
 from edgewise.core.report import Quantity, Report, Table
-from edgewise.formats.cache import file_sha256, write_aside
+from edgewise.formats.cache import file_sha256
 from edgewise.measure.machine import Probe, probe, usable_cores
 from edgewise.measure.repeat import Comparison, compare
 from edgewise.native.probe import read_rates
-from edgewise.report import render
 
-HERE = Path(__file__).parent
 COLUMNS = ("threads", "test", "edgewise", "llama.cpp", "ratio", "ratio low", "ratio high", "llama.cpp at its best")
 UNITS = ("", "", "token/s", "token/s", "", "", "", "")
 
@@ -57,32 +54,11 @@ TESTS = {test.name: test for test in (
     Test("pp2048", "prefill", 2048), Test("tg64@4096", "decode", 64, 4096), Test("pp512@4096", "prefill", 512, 4096))}
 
 
-class Worker:
+class Worker(Process):
     """A process that times one engine. seconds(test) asks for one run."""
 
-    def __init__(self, python: str, script: str, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        self._process = subprocess.Popen(
-            [python, str(HERE / script), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True)
-        self.about = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return dict(json.loads(line))
-        raise SystemExit(f"{self.settings}: the worker ended with status {self._process.wait()}")
-
     def seconds(self, test: Test) -> float:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"what": test.what, "count": test.count, "depth": test.depth}) + "\n")
-        self._process.stdin.flush()
-        return float(self._answer()["seconds"])
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
+        return float(self.ask(what=test.what, count=test.count, depth=test.depth)["seconds"])
 
 
 def best_of(workers: list[Worker], test: Test, runs: int) -> Worker:
@@ -109,15 +85,6 @@ def pair(ours: Worker, peer: Worker, test: Test, pairs: int, before: Callable[[]
         return ours.seconds(test)
 
     return compare(lambda: peer.seconds(test), own, pairs=pairs, warmup=1, measure=measure)
-
-
-def commit() -> str:
-    """Of edgewise's own repository; "dirty" when what runs differs from it, results apart."""
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(HERE.parent), *words], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
-    return git("describe", "--always") + ("-dirty" if changed else "")
 
 
 def peer_environment(about: dict[str, Any]) -> dict[str, Any]:
@@ -202,10 +169,7 @@ def main() -> None:
         machine = probe()
     for path in files:
         report = run(path, counts, tests, options, machine).with_notices(notices)
-        print(render(report, "markdown"))
-        if options.out:
-            with write_aside(options.out.with_name(f"{options.out.name}-{block_type(path)}.json")) as file:
-                file.write((json.dumps(report.to_json(), indent=1) + "\n").encode())
+        publish(report, options.out and options.out.with_name(f"{options.out.name}-{block_type(path)}.json"))
 
 
 if __name__ == "__main__":

@@ -29,15 +29,14 @@ from typing import Any
 
 import numpy as np
 from files import model_file
-from llm import block_type, commit
+from llm import block_type
+from workers import HERE, commit, publish
 
 from edgewise.core.report import Quantity, Report, Table
-from edgewise.formats.cache import cache_root, file_sha256, write_aside
+from edgewise.formats.cache import cache_root, file_sha256
 from edgewise.measure.cores import usable_cores
 from edgewise.measure.repeat import compare
-from edgewise.report import render
 
-HERE = Path(__file__).parent
 SETTINGS = ("warm", "cold", "first ever")
 COLUMNS = ("file", "setting", "edgewise", "llama.cpp", "ratio", "ratio low", "ratio high")
 UNITS = ("", "", "s", "s", "", "", "")
@@ -162,10 +161,7 @@ def main() -> None:
                                   "first ever": "cold, and edgewise with an empty cache directory"},
                      "command": f"python benchmarks/start.py --model {options.model} --files {options.files} "
                                 f"--pairs {options.pairs} --threads {options.threads}"})
-    print(render(report, "markdown"))
-    if options.out:
-        with write_aside(options.out) as file:
-            file.write((json.dumps(report.to_json(), indent=1) + "\n").encode())
+    publish(report, options.out)
 
 
 if __name__ == "__main__":
