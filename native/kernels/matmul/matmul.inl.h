@@ -5,10 +5,31 @@
 
 namespace {
 
-inline void put(const Products& out, size_t token, size_t panel, Floats sum) {
-  float* y = out.y + token * out.stride + panel * kLanes;
-  if (out.bias != nullptr) sum = add(sum, load(out.bias + panel * kLanes));
-  store(y, out.add ? add(load(y), sum) : sum);
+// The sums of a tile, panel by panel, to where they belong.
+template <int Panels, int Tokens>
+inline void put(const Products& out, Floats* sum) {
+#pragma GCC unroll 4
+  for (int i = 0; i < Panels; ++i) {
+    if (out.bias != nullptr) {
+      const Floats bias = load(out.bias + static_cast<size_t>(i) * kLanes);
+#pragma GCC unroll 16
+      for (int t = 0; t < Tokens; ++t) sum[i * Tokens + t] = add(sum[i * Tokens + t], bias);
+    }
+  }
+  if (out.add) {
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens; ++t)
+#pragma GCC unroll 4
+      for (int i = 0; i < Panels; ++i) {
+        const float* y = out.y + static_cast<size_t>(t) * out.stride + static_cast<size_t>(i) * kLanes;
+        sum[i * Tokens + t] = add(load(y), sum[i * Tokens + t]);
+      }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < Tokens; ++t)
+#pragma GCC unroll 4
+    for (int i = 0; i < Panels; ++i)
+      store(out.y + static_cast<size_t>(t) * out.stride + static_cast<size_t>(i) * kLanes, sum[i * Tokens + t]);
 }
 
 // What to fetch while p is read for so many tokens.
@@ -256,7 +277,7 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
       }
     }
   }
-  for (int t = 0; t < Tokens; ++t) put(out, static_cast<size_t>(t), 0, sum[t]);
+  put<1, Tokens>(out, sum);
 }
 
 // The same weights on float inputs: each value is made as the file's own decoder makes it, then multiplied.
@@ -288,7 +309,7 @@ inline void decoded_tile(const PackedMatrix& w, const uint8_t* p, const float* x
       }
     }
   }
-  for (int t = 0; t < Tokens; ++t) put(out, static_cast<size_t>(t), 0, sum[t]);
+  put<1, Tokens>(out, sum);
 }
 
 template <class F>
@@ -349,8 +370,7 @@ inline void float_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const
       }
     }
   }
-  for (int i = 0; i < Panels; ++i)
-    for (int t = 0; t < Tokens; ++t) put(out, static_cast<size_t>(t), static_cast<size_t>(i), sum[i * Tokens + t]);
+  put<Panels, Tokens>(out, sum);
 }
 
 template <Element E, int Panels, int Tokens>
@@ -381,8 +401,7 @@ inline void bfloat_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, cons
                         const Ahead& ahead) {
   Floats sum[Panels * Tokens];
   for (int i = 0; i < Panels * Tokens; ++i) sum[i] = zero();
-  for (size_t first = 0; first < cols; first += kBlock, x += slots * kBlock) {
-    const size_t count = cols - first < kBlock ? cols - first : kBlock;
+  auto block = [&](size_t count) __attribute__((always_inline)) {
     for (size_t k = 0; k < count; k += 2, p += 64) {
       Codes w[Panels];
 #pragma GCC unroll 4
@@ -398,9 +417,11 @@ inline void bfloat_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, cons
           sum[i * Tokens + t] = dot2(sum[i * Tokens + t], w[i], x + static_cast<size_t>(t) * kBlock + k);
       }
     }
-  }
-  for (int i = 0; i < Panels; ++i)
-    for (int t = 0; t < Tokens; ++t) put(out, static_cast<size_t>(t), static_cast<size_t>(i), sum[i * Tokens + t]);
+  };
+  size_t first = 0;
+  for (; first + kBlock <= cols; first += kBlock, x += slots * kBlock) block(kBlock);
+  if (first < cols) block(cols - first);
+  put<Panels, Tokens>(out, sum);
 }
 
 template <int Panels, int Tokens>
