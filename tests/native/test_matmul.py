@@ -168,6 +168,20 @@ def test_inputs_at_the_edges(line):
     assert not result[0].any()
 
 
+def test_inputs_are_divided_by_their_scale():
+    """To the bit, though no division is made: a code is the quotient rounded twice, to float32 and to ties to even."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((4096, 32)) * np.exp(rng.uniform(-60, 60, (4096, 1)))).astype(np.float32)
+    halves = np.arange(-127, 128).astype(np.float32) / 2  # products of a scale with halves, and their neighbours
+    x[:2048, :31] = halves[rng.integers(0, len(halves), (2048, 31))] * np.abs(x[:2048, 31:])
+    x[:2048, 31] *= 127
+    x[:1024, :31] = np.nextafter(x[:1024, :31], rng.choice([-np.inf, np.inf], (1024, 31)).astype(np.float32))
+    codes, scale = rounded(x)
+    identity = kernels.pack_codes((np.eye(32, dtype=np.uint8) + 128), np.ones((32, 1), np.float32), bits=8)
+    for tier in TIERS:
+        assert np.array_equal(kernels.matmul(identity, x, tier), (codes * scale).astype(np.float32))
+
+
 @pytest.mark.parametrize("steps", [1, 50, 190, 40_000])
 def test_inputs_too_small_for_a_scale_are_zero(steps):
     """max|x| / 127 would be zero or have a bit or two left, and codes would not fit a byte."""

@@ -59,6 +59,13 @@ void gate_rows(Gate function, const float* gate, float* up, size_t n) {
   }
 }
 
+// x / scale without a division: the product with the reciprocal, and what the remainder adds to it. With a reciprocal
+// that is rounded right the quotient is too (Markstein, IBM Journal of Research and Development 34(1), 1990).
+inline Floats quotient(Floats x, Floats scale, Floats reciprocal) {
+  const Floats q = mul(x, reciprocal);
+  return fma(fnma(q, scale, x), reciprocal, q);
+}
+
 // Blocks of 32 inputs to int8: scale = peak / 127, codes = round(x / scale), ties to even.
 void quantise(const float* values, size_t first, size_t n, Activations& x, size_t token) {
   const size_t blocks = x.blocks(), tile = token / x.slots, slot = token % x.slots;
@@ -68,7 +75,8 @@ void quantise(const float* values, size_t first, size_t n, Activations& x, size_
     const Floats high = n - from > kLanes ? load_tail(values + from + kLanes, n - from - kLanes) : zero();
     const float peak = reduce_max(max(abs(low), abs(high)));
     const float scale = peak >= kSmallestPeak ? peak / 127.0f : 1.0f;
-    const Ints q_low = to_ints(div(low, set1(scale))), q_high = to_ints(div(high, set1(scale)));
+    const Floats divisor = set1(scale), reciprocal = set1(1.0f / scale);
+    const Ints q_low = to_ints(quotient(low, divisor, reciprocal)), q_high = to_ints(quotient(high, divisor, reciprocal));
     store_int8(x.q + at * kBlock, q_low);
     store_int8(x.q + at * kBlock + kLanes, q_high);
     const int32_t sum_low = reduce_add(q_low), sum_high = reduce_add(q_high);
