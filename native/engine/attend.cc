@@ -132,30 +132,54 @@ void Session::merge_one(const Layer& layer, size_t index, float* out) const {
 void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
   const KvLayout& layout = kv_layout_[index];
   const size_t dim = layer.head_dim;
-  // Keys and values of all tokens first: later tokens of a slot see earlier ones of the same pass. A thread takes as many
-  // tokens as a key tile has positions; what it writes into a tile is the bytes of its own positions.
-  for (size_t tile; (tile = pool_.take(1)) * kLanes < count_;) {
-    const size_t first = tile * kLanes, last = std::min(count_, first + kLanes);
-    for (size_t t = first; t < last; ++t) turn(layer, layer.k_norm, k_.floats() + t * kv_stride_, layer.kv_heads, t);
-    for (size_t head = 0; head < layer.kv_heads; ++head)
-      for (size_t t = first; t < last; ++t) {
-        const size_t slot = static_cast<size_t>(slots_[t]), position = static_cast<size_t>(positions_[t]);
-        const size_t at = t * kv_stride_ + head * dim;
-        kernels_.attention.store_key(layout, k_.floats() + at, position, keys(index, slot, head));
-        kernels_.attention.store_value(layout, v_.floats() + at, position, values(index, slot, head));
-      }
-  }
-  pool_.barrier();
-
+  auto store = [&](size_t t, size_t head) {
+    const size_t slot = static_cast<size_t>(slots_[t]), position = static_cast<size_t>(positions_[t]), at = t * kv_stride_ + head * dim;
+    turn(layer, layer.k_norm, k_.floats() + at, 1, t);
+    kernels_.attention.store_key(layout, k_.floats() + at, position, keys(index, slot, head));
+    kernels_.attention.store_value(layout, v_.floats() + at, position, values(index, slot, head));
+  };
   const Attended to{layout, layer.heads, layer.kv_heads, layer.scale, layer.bias.get()};
-  attend_rows(
-      thread, to,
-      [&](size_t slot, size_t head, const uint8_t*& heads_values) {
-        heads_values = values(index, slot, head);
-        return keys(index, slot, head);
-      },
-      [&](size_t token, int32_t& begin, int32_t& end) { visible_range(layer, token, begin, end); },
-      [&](float* q, size_t heads, size_t token) { turn(layer, layer.q_norm, q, heads, token); });
+  auto place = [&](size_t slot, size_t head, const uint8_t*& heads_values) {
+    heads_values = values(index, slot, head);
+    return keys(index, slot, head);
+  };
+  auto range = [&](size_t token, int32_t& begin, int32_t& end) { visible_range(layer, token, begin, end); };
+  auto turned = [&](float* q, size_t heads, size_t token) { turn(layer, layer.q_norm, q, heads, token); };
+
+  // Where there are enough heads of sequences for all threads, one stores the keys and values of a head and attends to them
+  // while they are in its cache.
+  constexpr size_t kHeadsPerThread = 4;
+  const size_t heads = sequences_.empty() ? 0 : (sequences_.size() - 1) * layer.kv_heads;
+  if (heads >= kHeadsPerThread * config_.threads) {
+    const QueryGroups g(layer.heads, layer.kv_heads);
+    for (size_t item; (item = pool_.take(1)) < heads;) {
+      const size_t sequence = item / layer.kv_heads, head = item % layer.kv_heads;
+      const size_t first = sequences_[sequence], last = sequences_[sequence + 1];
+      for (size_t t = first; t < last; ++t) {
+        // Rows are too far apart for the processor to see where this leads: queries are wanted soon, too.
+        constexpr size_t kRows = 8;
+        for (size_t i = 0; i < dim; i += kLanes) {
+          __builtin_prefetch(k_.floats() + (t + kRows) * kv_stride_ + head * dim + i);
+          __builtin_prefetch(v_.floats() + (t + kRows) * kv_stride_ + head * dim + i);
+          __builtin_prefetch(q_.floats() + t * q_stride_ + head * g.group * dim + i);
+        }
+        store(t, head);
+      }
+      for (size_t pass = 0; pass < g.passes; ++pass)
+        for (size_t from = first; from < last; from += g.tokens_at_once)
+          attend_tokens(thread, to, from, std::min(last, from + g.tokens_at_once), head, pass, place, range, turned);
+    }
+    pool_.barrier();
+    return;
+  }
+
+  // Else all keys and values first: later tokens of a slot see earlier ones of the same pass. A thread takes as many tokens
+  // as a key tile has positions; what it writes into a tile is the bytes of its own positions.
+  for (size_t tile; (tile = pool_.take(1)) * kLanes < count_;)
+    for (size_t head = 0; head < layer.kv_heads; ++head)
+      for (size_t t = tile * kLanes; t < std::min(count_, (tile + 1) * kLanes); ++t) store(t, head);
+  pool_.barrier();
+  attend_rows(thread, to, place, range, turned);
 }
 
 }  // namespace edgewise

@@ -223,6 +223,16 @@ void Session::begin(const int32_t* tokens, const int32_t* slots, size_t count) {
   lengths_ = std::move(next);
   ends_.resize(config_.slots);
   for (size_t s = 0; s < config_.slots; ++s) ends_[s] = static_cast<int32_t>(lengths_[s]);
+  sequences_.clear();
+  for (size_t i = 0; i < count; ++i) {
+    if (i > 0 && slots[i] == slots[i - 1]) continue;
+    if (std::any_of(sequences_.begin(), sequences_.end(), [&](size_t first) { return slots[first] == slots[i]; })) {
+      sequences_.clear();
+      break;
+    }
+    sequences_.push_back(i);
+  }
+  if (!sequences_.empty()) sequences_.push_back(count);
   have_logits_ = false;
   pending_ = -1;
   const Profile::Counting counting(profile_);

@@ -94,7 +94,7 @@ struct AttentionKernels {
   void (*store_value)(const KvLayout& layout, const float* value, size_t position, uint8_t* values);
   // One chunk: out (queries, padded head_dim) unnormalised, peak and weight (queries). scratch: kAttentionScratch floats.
   void (*chunk)(const AttentionTask& task, size_t chunk, float* out, float* peak, float* weight, float* scratch);
-  // Merge a later partial into an earlier one; finish divides by the weight.
+  // Merge a later partial into an earlier one; finish multiplies by 1 / weight.
   void (*merge)(float* out, float* peak, float* weight, const float* later, float later_peak, float later_weight, size_t n);
   void (*finish)(const float* sum, float weight, size_t n, float* out);
 };

@@ -177,6 +177,9 @@ class Session {
   void merge_one(const Layer& layer, size_t index, float* out) const;
   void attend_many(const Layer& layer, size_t index, size_t thread);
   template <class Place, class Range, class Turn>
+  void attend_tokens(size_t thread, const Attended& to, size_t from, size_t until, size_t kv_head, size_t pass, Place place, Range range,
+                     Turn turn);
+  template <class Place, class Range, class Turn>
   void attend_rows(size_t thread, const Attended& to, Place place, Range range, Turn turn);
   void add_cross(const Cross* cross, LayerKernels& kernels);
   void attend_across(const Cross& cross, size_t index, size_t thread);
@@ -220,6 +223,7 @@ class Session {
 
   size_t count_ = 0;
   std::vector<int32_t> tokens_, slots_, positions_, ends_;
+  std::vector<size_t> sequences_;  // first token of each slot, and count_; empty where a slot's tokens lie apart
   std::vector<size_t> lengths_;
   size_t hidden_stride_ = 0, q_stride_ = 0, kv_stride_ = 0, ffn_stride_ = 0;
   Pages x_, q_, k_, v_, attention_, ffn_;

@@ -253,8 +253,8 @@ void merge(float* out, float* peak, float* weight, const float* later, float lat
 }
 
 void finish(const float* sum, float weight, size_t n, float* out) {
-  const Floats w = set1(weight);
-  for (size_t i = 0; i < n; i += kLanes) store_tail(out + i, div(load(sum + i), w), n - i);
+  const Floats share = set1(1.0f / weight);
+  for (size_t i = 0; i < n; i += kLanes) store_tail(out + i, mul(load(sum + i), share), n - i);
 }
 
 void store_key(const KvLayout& layout, const float* key, size_t position, uint8_t* keys) {
