@@ -30,11 +30,16 @@ BlockType block_type(const std::string& name) {
   return *type;
 }
 
-// Formats of our own: element "int", "table", "float32", "float16", "bfloat16" or "bfloat16 pairs", for bfloat16 inputs; scales are half precision or float.
+// Formats of our own: element "int", "table", "float32", "float16", "bfloat16", "bfloat16 pairs" for
+// bfloat16 inputs, "float32 rows" to look rows up in; scales are half precision or float.
 PackedFormat make_format(const std::string& element, int bits, bool has_min, const std::string& scale, size_t group,
                          const std::vector<int>& table) {
   PackedFormat format;
-  if (element == "float32") return packed_format_of(BlockType::F32);
+  if (element == "float32" || element == "float32 rows") {
+    format = packed_format_of(BlockType::F32);
+    if (element != "float32") format.element = Element::Float32Rows;
+    return format;
+  }
   if (element == "float16") return packed_format_of(BlockType::F16);
   if (element == "bfloat16" || element == "bfloat16 pairs") {
     format = packed_format_of(BlockType::BF16);
@@ -194,7 +199,7 @@ void bind_kernels(nb::module_& m) {
           pack_codes(format, codes.data(), scales.data(), minima.data(), group, rows, cols, 0, (rows + kLanes - 1) / kLanes, out.data());
         }, nb::arg("format"), nb::arg("codes"), nb::arg("scales"), nb::arg("minima"), nb::arg("group"), nb::arg("out"));
   m.def("pack_floats", [](const PackedFormat& format, Matrix<uint8_t> values, size_t cols, Output<uint8_t> out) {
-          const size_t rows = values.shape(0), width = format.element == Element::Float32 ? 4 : 2;
+          const size_t rows = values.shape(0), width = format.element == Element::Float32 || format.element == Element::Float32Rows ? 4 : 2;
           if (format.quantised() || values.shape(1) != cols * width) throw std::invalid_argument("pack_floats: bytes do not agree with the format");
           check_output(format, rows, cols, out);
           nb::gil_scoped_release release;

@@ -1,5 +1,6 @@
 #include "edgewise/pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -207,6 +208,12 @@ void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* s
 
 void pack_floats(const PackedFormat& format, const uint8_t* values, size_t rows, size_t cols, size_t begin, size_t end,
                  uint8_t* out) {
+  if (format.element == Element::Float32Rows) {
+    const size_t first = begin * kLanes, last = std::min(rows, end * kLanes);
+    std::memset(out + first * cols * 4, 0, (end - begin) * format.panel_nbytes(cols));
+    std::memcpy(out + first * cols * 4, values + first * cols * 4, (last - first) * cols * 4);
+    return;
+  }
   const size_t width = format.element == Element::Float32 ? 4 : 2, panel_nbytes = format.panel_nbytes(cols);
   const bool pairs = format.element == Element::BFloat16Pairs;
   if (pairs) std::memset(out + begin * panel_nbytes, 0, (end - begin) * panel_nbytes);
@@ -230,6 +237,10 @@ void unpack_row(const PackedMatrix& w, size_t row, float* out) {
   const PackedFormat& format = w.format;
   const uint8_t* base = w.panel(row / kLanes);
   const size_t lane = row % kLanes;
+  if (format.element == Element::Float32Rows) {
+    std::memcpy(out, base + lane * w.cols * 4, w.cols * 4);
+    return;
+  }
   if (!format.quantised()) {
     for (size_t k = 0; k < w.cols; ++k) {
       if (format.element == Element::Float32) {

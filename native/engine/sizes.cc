@@ -18,7 +18,7 @@ size_t PackedFormat::record_nbytes(size_t blocks) const { return header_nbytes()
 
 size_t PackedFormat::panel_nbytes(size_t cols) const {
   if (element == Element::BFloat16Pairs) return (cols + 1) / 2 * kLanes * 4;
-  if (!quantised()) return kLanes * cols * (element == Element::Float32 ? 4 : 2);
+  if (!quantised()) return kLanes * cols * (element == Element::Float32 || element == Element::Float32Rows ? 4 : 2);
   const size_t blocks = (cols + kBlock - 1) / kBlock, per_record = record_inputs / kBlock;
   return (blocks + per_record - 1) / per_record * header_nbytes() + blocks * block_nbytes();
 }

@@ -42,6 +42,19 @@ def test_values_are_what_was_stored(form):
     assert not packed.cached
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(35, 512), (16, 33), (1, 1), (33, 7)])
+def test_a_table_is_packed_row_by_row(rows, cols):
+    """What nothing multiplies: rows lie as they are stored, and what the cache holds of it has another key."""
+    weight = stored(np.ascontiguousarray(VALUES[:rows, :cols]), "F32")
+    table, panels = recipe_of("w", weight, table=True), recipe_of("w", weight)
+    assert (table.nbytes, table.kind != panels.kind) == (panels.nbytes, True)
+    packed = pack_all({"w": table}, key=None)
+    assert np.array_equal(rows_of(packed.matrices["w"]), weight.dense())
+    data = np.zeros(table.nbytes, np.uint8)
+    table.write(data)
+    assert np.array_equal(data.view(np.float32)[:rows * cols].reshape(rows, cols), weight.dense())
+
+
 @pytest.mark.parametrize("form", ["int4/g32/fp16/int", "int3/g16/fp16/int", "int6/axis/fp32/int"])
 def test_a_zero_point_becomes_a_minimum(form):
     """(code - zero) * scale against scale * code + minimum: the product is rounded once more, to float32."""

@@ -7,7 +7,8 @@
 //   2 bits   2 x 64 bytes: load i holds inputs 16i+4c..16i+4c+3 in the bit pairs c = 0..3;
 //   1 bit    1 x 64 bytes: bit j holds inputs 4j..4j+3;
 //   3, 5, 6 bits   the planes of 2+1, 4+1, 4+2 bits, low bits first.
-// A float panel is K columns of 16 values; of bfloat16 pairs, K / 2 columns of two inputs of each row.
+// A float panel is K columns of 16 values; of bfloat16 pairs, K / 2 columns of two inputs of each row. Float32Rows are
+// sixteen rows of K values: a table to look rows up in, for no kernel.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,7 +27,7 @@ inline constexpr float kSmallestPeak = 1e-35f;
 // products is subnormal, and instructions that take such sums for zero agree with those that do not.
 inline constexpr uint16_t kSmallestBFloat = (127 - 56) << 7;
 
-enum class Element : uint8_t { Float32, Float16, BFloat16, BFloat16Pairs, Integer, Table };
+enum class Element : uint8_t { Float32, Float16, BFloat16, BFloat16Pairs, Float32Rows, Integer, Table };
 enum class ScaleType : uint8_t { Float16, Float32, Exponent, Nested };
 
 struct PackedFormat {

@@ -149,7 +149,10 @@ def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:
     """How each weight of a plan is packed, by name; and the name of each stored object, by id()."""
     weights = unique((linear.key, linear.weight) for linear in linears_of(plan))
     pairs = {id(linear.weight) for linear in linears_of(plan) if linear.activation == "bfloat16"}
-    return ({name: recipe_of(name, stored, pairs=id(stored) in pairs) for name, stored in weights.items()},
+    tables = [table for table in (plan, plan.encoder) if table is not None]
+    multiplied = {id(linear.weight) for linear in linears_of(plan) if all(linear is not t.embedding for t in tables)}
+    return ({name: recipe_of(name, stored, pairs=id(stored) in pairs, table=id(stored) not in multiplied)
+             for name, stored in weights.items()},
             {id(stored): name for name, stored in weights.items()})
 
 

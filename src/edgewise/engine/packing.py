@@ -32,7 +32,7 @@ __all__ = ["PackedWeights", "Recipe", "layout_of", "pack_all", "pack_one", "pack
            "recipe_of"]
 
 Bytes = NDArray[np.uint8]
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Of the packed form: part of every cache key, raised whenever packed.h changes what the bytes mean."""
 
 _ALIGN_BYTES = 4096
@@ -48,17 +48,24 @@ _FP4_TABLE = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one weight is packed: its native format, its bytes, and the function that writes them."""
+    """How one weight is packed: its native format, its bytes, and the function that writes them.
+
+    kind: names the layout, as part of a cache key.
+    """
 
     format: Any
     rows: int
     cols: int
     nbytes: int
     write: Callable[[Bytes], None]
+    kind: str
 
 
-def recipe_of(name: str, stored: Stored, *, pairs: bool = False) -> Recipe:
-    """The packed form of a (out, in) weight. name: for notices. pairs: for bfloat16 inputs."""
+def recipe_of(name: str, stored: Stored, *, pairs: bool = False, table: bool = False) -> Recipe:
+    """The packed form of a (out, in) weight. name: for notices. pairs: for bfloat16 inputs.
+
+    table: nothing multiplies it, rows are looked up in it.
+    """
     rows, cols = stored.shape
     if isinstance(stored, Blocks):
         native = _core.PackedFormat.of_blocks(stored.codec.name)
@@ -68,7 +75,7 @@ def recipe_of(name: str, stored: Stored, *, pairs: bool = False) -> Recipe:
             _core.pack_blocks(stored.codec.name, raw, cols, out)
             release_pages(raw)  # two copies of one weight at a time, and not of all
 
-        return Recipe(native, rows, cols, native.nbytes(rows, cols), write_blocks)
+        return Recipe(native, rows, cols, native.nbytes(rows, cols), write_blocks, stored.codec.name)
     if isinstance(stored, QuantizedTensor):
         recipe = _quantised(stored)
         if recipe is not None:
@@ -76,21 +83,23 @@ def recipe_of(name: str, stored: Stored, *, pairs: bool = False) -> Recipe:
         notice("fallback", f"{stored.format} has no integer kernel; the weight runs as 16-bit floats", where=name)
         return _floats(Dense(stored.dense().astype(np.float16), FP16))
     if isinstance(stored, Dense):
-        return _floats(stored, pairs)
+        return _floats(stored, pairs, table)
     notice("fallback", f"{stored!r} runs as 16-bit floats", where=name)
     return _floats(Dense(stored.dense().astype(np.float16), FP16))
 
 
-def _floats(stored: Dense, pairs: bool = False) -> Recipe:
+def _floats(stored: Dense, pairs: bool = False, table: bool = False) -> Recipe:
     rows, cols = stored.shape
-    names: dict[NumberFormat, str] = {FP32: "float32", FP16: "float16", BF16: "bfloat16 pairs" if pairs else "bfloat16"}
-    native = _core.PackedFormat(names[stored.number])
+    names: dict[NumberFormat, str] = {FP32: "float32 rows" if table else "float32", FP16: "float16",
+                                      BF16: "bfloat16 pairs" if pairs else "bfloat16"}
+    kind = names[stored.number]
+    native = _core.PackedFormat(kind)
 
     def write(out: Bytes) -> None:
         _core.pack_floats(native, np.ascontiguousarray(stored.data).view(np.uint8).reshape(rows, -1), cols, out)
         release_pages(stored.data)
 
-    return Recipe(native, rows, cols, native.nbytes(rows, cols), write)
+    return Recipe(native, rows, cols, native.nbytes(rows, cols), write, kind)
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,7 @@ def _quantised(stored: QuantizedTensor) -> Recipe | None:
             _write_codes(part, layout, out[begin:end])
             begin = end
 
-    return Recipe(layout.native, rows, cols, layout.native.nbytes(rows, cols), write)
+    return Recipe(layout.native, rows, cols, layout.native.nbytes(rows, cols), write, str(fmt))
 
 
 def _write_codes(stored: QuantizedTensor, layout: _Layout, out: Bytes) -> None:
@@ -275,7 +284,7 @@ def read_ahead(recipes: Mapping[str, Recipe], key: str | None) -> Callable[[], N
 
 
 def _cache_file(key: str, recipes: Mapping[str, Recipe]) -> Path:
-    layout = "".join(f"{name}\0{r.rows}\0{r.cols}\0{r.nbytes}\n" for name, r in recipes.items())
+    layout = "".join(f"{name}\0{r.kind}\0{r.rows}\0{r.cols}\0{r.nbytes}\n" for name, r in recipes.items())
     digest = hashlib.sha256(f"{LAYOUT_VERSION}\0{key}\0{layout}".encode()).hexdigest()
     return cache_root() / "packed" / f"{digest}.bin"
 
