@@ -151,66 +151,76 @@ void weigh_values(const AttentionTask& task, size_t from, size_t to, size_t chun
   for (; d < task.layout->padded(); d += kLanes) weigh_parts<Queries, 1, Type>(task, from, to, d, weights, out);
 }
 
+// The positions of a chunk that any query sees, [from, to) and the tiles they lie in. Empty: from >= to.
+struct Seen {
+  size_t start, from, to;
+  Seen(const AttentionTask& task, size_t chunk) : start(chunk * kChunk), from(start + kChunk), to(start) {
+    for (size_t i = 0; i < task.queries; ++i) {
+      const size_t b = static_cast<size_t>(task.begin[i]), e = static_cast<size_t>(task.end[i]);
+      if (b >= e) continue;
+      if (b < from) from = b;
+      if (e > to) to = e;
+    }
+    if (from < start) from = start;
+    if (to > start + kChunk) to = start + kChunk;
+  }
+  bool empty() const { return from >= to; }
+  size_t first_tile() const { return from / kLanes; }
+  size_t last_tile() const { return (to + kLanes - 1) / kLanes; }
+};
+
+// A query's scores over whole tiles become e^(score - peak), zero where it does not see; their sum. Without a position that
+// it sees, the peak is kHidden.
+inline void soften(const Seen& seen, long begin, long end, float* row, float* peak, float* weight) {
+  const Floats hidden = set1(kHidden);
+  const size_t first_tile = seen.first_tile(), last_tile = seen.last_tile();
+  Floats highest = hidden;
+  for (size_t tile = first_tile; tile < last_tile; ++tile) {
+    const long at = static_cast<long>(tile * kLanes);
+    float* lane = row + (tile * kLanes - seen.start);
+    Floats s = load(lane);
+    if (end < at + static_cast<long>(kLanes)) s = first(static_cast<int>(end > at ? end - at : 0), s, hidden);
+    if (begin > at) s = first(static_cast<int>(begin - at < 16 ? begin - at : 16), hidden, s);
+    store(lane, s);
+    highest = max(highest, s);
+  }
+  *peak = reduce_max(highest);
+  *weight = 0.0f;
+  if (*peak == kHidden) {
+    for (size_t tile = first_tile; tile < last_tile; ++tile) store(row + (tile * kLanes - seen.start), zero());
+    return;
+  }
+  // Lanes start at fixed positions of the chunk, so a query's sum does not depend on its neighbours' positions:
+  // tiles outside its own range add exact zeros.
+  Floats total = zero();
+  for (size_t tile = first_tile; tile < last_tile; ++tile) {
+    const long at = static_cast<long>(tile * kLanes);
+    float* lane = row + (tile * kLanes - seen.start);
+    Floats e = exponential(sub(load(lane), set1(*peak)));
+    // exp clamps its argument, so hidden lanes are set to zero by position, not by value.
+    if (end < at + static_cast<long>(kLanes)) e = first(static_cast<int>(end > at ? end - at : 0), e, zero());
+    if (begin > at) e = first(static_cast<int>(begin - at < 16 ? begin - at : 16), zero(), e);
+    store(lane, e);
+    total = add(total, e);
+  }
+  *weight = reduce_add(total);
+}
+
 template <int Queries, KvType Type>
 void chunk_of(const AttentionTask& task, size_t chunk, float* out, float* peak, float* weight, float* scratch) {
-  const size_t start = chunk * kChunk;
-  size_t from = start + kChunk, to = start;  // positions that any query of the group sees
-  for (int i = 0; i < Queries; ++i) {
-    const size_t b = static_cast<size_t>(task.begin[i]), e = static_cast<size_t>(task.end[i]);
-    if (b >= e) continue;
-    if (b < from) from = b;
-    if (e > to) to = e;
-  }
-  if (from < start) from = start;
-  if (to > start + kChunk) to = start + kChunk;
-  if (from >= to) {
+  const Seen seen(task, chunk);
+  if (seen.empty()) {
     for (int i = 0; i < Queries; ++i) peak[i] = kHidden;
     return;
   }
   float* scores = scratch;
-  const size_t first_tile = from / kLanes, last_tile = (to + kLanes - 1) / kLanes;
   if constexpr (Type == KvType::Float32 || Type == KvType::Float16)
-    float_scores<Queries, Type>(task, first_tile, last_tile, scores);
+    float_scores<Queries, Type>(task, seen.first_tile(), seen.last_tile(), scores);
   else
-    quantised_scores(task, first_tile, last_tile, scores, scratch + kMaxQueries * kChunk);
-  if (task.bias != nullptr) add_bias(task, first_tile, last_tile, scores);
-
-  const Floats hidden = set1(kHidden);
-  for (int i = 0; i < Queries; ++i) {
-    float* row = scores + i * kChunk;
-    const long begin = task.begin[i], end = task.end[i];
-    Floats highest = hidden;
-    for (size_t tile = first_tile; tile < last_tile; ++tile) {
-      const long at = static_cast<long>(tile * kLanes);
-      float* lane = row + (tile * kLanes - start);
-      Floats s = load(lane);
-      if (end < at + static_cast<long>(kLanes)) s = first(static_cast<int>(end > at ? end - at : 0), s, hidden);
-      if (begin > at) s = first(static_cast<int>(begin - at < 16 ? begin - at : 16), hidden, s);
-      store(lane, s);
-      highest = max(highest, s);
-    }
-    peak[i] = reduce_max(highest);
-    if (peak[i] == kHidden) {
-      for (size_t p = from; p < to; ++p) row[p - start] = 0.0f;
-      weight[i] = 0.0f;
-      continue;
-    }
-    // Lanes start at fixed positions of the chunk, so a query's sum does not depend on its neighbours' positions:
-    // tiles outside its own range add exact zeros.
-    Floats total = zero();
-    for (size_t tile = first_tile; tile < last_tile; ++tile) {
-      const long at = static_cast<long>(tile * kLanes);
-      float* lane = row + (tile * kLanes - start);
-      Floats e = exponential(sub(load(lane), set1(peak[i])));
-      // exp clamps its argument, so hidden lanes are set to zero by position, not by value.
-      if (end < at + static_cast<long>(kLanes)) e = first(static_cast<int>(end > at ? end - at : 0), e, zero());
-      if (begin > at) e = first(static_cast<int>(begin - at < 16 ? begin - at : 16), zero(), e);
-      store(lane, e);
-      total = add(total, e);
-    }
-    weight[i] = reduce_add(total);
-  }
-  weigh_values<Queries, Type>(task, from, to, start, scores, out);
+    quantised_scores(task, seen.first_tile(), seen.last_tile(), scores, scratch + kMaxQueries * kChunk);
+  if (task.bias != nullptr) add_bias(task, seen.first_tile(), seen.last_tile(), scores);
+  for (int i = 0; i < Queries; ++i) soften(seen, task.begin[i], task.end[i], scores + i * kChunk, peak + i, weight + i);
+  weigh_values<Queries, Type>(task, seen.from, seen.to, seen.start, scores, out);
 }
 
 template <int Queries>
