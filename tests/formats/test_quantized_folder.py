@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from edgewise.core.checkpoint import Checkpoint
-from edgewise.core.errors import EdgewiseError, FormatError, InvalidValueError, UnsupportedError
+from edgewise.core.errors import EdgewiseError, FormatError, InvalidValueError, UnsupportedError, collect_notices
 from edgewise.core.numbers import (
     E8M0,
     FP16,
@@ -343,3 +343,16 @@ def test_dense_export_holds_the_values(tmp_path: Path) -> None:
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["torch_dtype"] == "float32"
     assert nbytes_of("F32", (6, 70)) == 6 * 70 * 4
+
+
+def test_how_a_model_runs_stays_in_the_configuration(tmp_path: Path) -> None:
+    run = {"activations": {"a.input": {"bits": 8, "scale": 0.1, "zero": 3}}, "kv": "int8"}
+    source = Checkpoint("llama", {"model_type": "llama", "quantization_config": run},
+                        {"a.weight": Dense(np.ones((2, 3), np.float32))})
+    back = read_folder(write_folder(source, tmp_path / "m"))
+    assert back.config["quantization_config"] == run
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "edgewise-llama"
+    with collect_notices() as notices:
+        plain = read_folder(write_folder(source, tmp_path / "plain", dense=True))
+    assert "quantization_config" not in plain.config
+    assert any("activations, kv" in item.message for item in notices)

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
+    "activation": "StaticActivation activations_of activations_to_config",
     "budget": "Budget Violation",
     "checkpoint": "Checkpoint Step",
     "device": "Device Link Tier Unit",

@@ -36,6 +36,8 @@ _TOKENIZER_COMMAS = 2_000_000
 _TEXT_LIMIT_BYTES = 4_000_000
 _CONFIG_LIMIT_BYTES = 16_000_000
 _GGUF_TOKENIZER = "tokenizer_gguf.json"
+_STORAGE_KEYS = ("quant_method", "version", "formats")
+"""Of quantization_config: how tensors are stored. The other keys, how the model is run, stay in the configuration."""
 _DTYPE = {FP32: ("F32", "float32"), FP16: ("F16", "float16"), BF16: ("BF16", "bfloat16")}
 _POOLING = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_len": "mean_sqrt_len_tokens",
             "weighted_mean": "weightedmean_tokens", "last": "lasttoken"}
@@ -81,6 +83,8 @@ def read_folder(path: str | Path) -> Checkpoint:
             del config["architectures"]
     files = open_tensors(folder)
     formats = _formats_of(quantization, folder)
+    if run := {key: value for key, value in (quantization or {}).items() if key not in _STORAGE_KEYS}:
+        config["quantization_config"] = run
     tensors = _tensors_of(files, formats, folder)
     config.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
     try:
@@ -407,12 +411,17 @@ def _config_of(checkpoint: Checkpoint, formats: Mapping[str, Any], number: Numbe
     ours: dict[str, Any] = {"arch": checkpoint.arch, "lineage": [step.to_json() for step in checkpoint.lineage]}
     if "architectures" in config:
         ours["architectures"] = config["architectures"]
-    if formats:
+    run = checkpoint.config.get("quantization_config") or {}
+    if run and number is not None:
+        notice("ignored", f"a plain folder does not say how to round while running: {', '.join(run)} are left out",
+               where="config.json")
+        run = {}
+    if formats or run:
         role = "ForCausalLM" if generates else "Model"
         named: Iterable[str] = config.get("architectures") or [checkpoint.arch.title().replace("_", "") + role]
         config["architectures"] = [f"Edgewise{name}" for name in named]
         config["model_type"] = f"edgewise-{checkpoint.arch}"
-        config["quantization_config"] = {"quant_method": "edgewise", "version": 1, "formats": dict(formats)}
+        config["quantization_config"] = {"quant_method": "edgewise", "version": 1, "formats": dict(formats), **run}
     config["edgewise"] = ours
     return config
 

@@ -13,6 +13,10 @@ quantization_config = {"quant_method": "edgewise", "version": 1, "formats": {nam
     sparse     name.values in any form; name.index (n:m: places in a group, packed as one row; csr: columns);
                name.row_starts (csr)
 
+The other keys of quantization_config say how the model runs and stay in Checkpoint.config["quantization_config"]:
+
+    activations  {site: {"bits", "scale", "zero"}}: static rounding of activations; sites as in core/activation.py
+
 With n:m sparsity in the format itself, a row of codes holds the kept codes, then their places in their groups.
 """
 
