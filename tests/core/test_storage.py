@@ -7,7 +7,7 @@ import pytest
 
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import BF16, FP16, INT8, QuantFormat, float32_to_bf16, quantize
-from edgewise.core.storage import Blocks, Dense, Factored, LazyTensors, QuantizedTensor, Sparse, Stored, rows_of
+from edgewise.core.storage import Blocks, Dense, Factored, LazyTensors, QuantizedTensor, Sparse, Stored, Sum, rows_of
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.normal(size=(6, 8)).astype(np.float32)
@@ -50,6 +50,8 @@ FORMS = {
     "factored": (Factored(Dense(WEIGHT[:, :3].copy()), quantized("int8/axis", WEIGHT[:3])), 72 + 24 + 6),
     "n_m": (n_m(), 96 + 6 * 4 * 2 // 8),
     "csr": (csr(), None),
+    "sum": (Sum((quantized("int8/axis"), Factored(Dense(WEIGHT[:, :2].copy()), Dense(WEIGHT[:2].copy())))),
+            48 + 12 + 48 + 64),
 }
 
 
@@ -65,7 +67,7 @@ def test_every_form_keeps_the_protocol(name):
     if nbytes is not None:
         assert stored.nbytes == nbytes
     assert "\n" not in repr(stored)
-    assert len(repr(stored)) < 120
+    assert len(repr(stored)) < 140
 
 
 def test_dense_means_what_its_number_says():
@@ -94,6 +96,12 @@ def test_csr_places_values():
 def test_factored_needs_one_rank():
     with pytest.raises(InvalidValueError, match=r"\(6, 3\) and \(2, 8\)"):
         Factored(Dense(WEIGHT[:, :3].copy()), Dense(WEIGHT[:2].copy()))
+
+
+@pytest.mark.parametrize("parts", [(), (Dense(WEIGHT), Dense(WEIGHT[:3].copy()))])
+def test_a_sum_needs_parts_of_one_shape(parts):
+    with pytest.raises(InvalidValueError, match="parts of one shape"):
+        Sum(parts)
 
 
 def test_blocks_of_three_dimensions():

@@ -30,7 +30,7 @@ from edgewise.core.numbers import (
     int_format,
     quantize,
 )
-from edgewise.core.storage import Dense, Factored, QuantizedTensor, Sparse, Stored
+from edgewise.core.storage import Dense, Factored, QuantizedTensor, Sparse, Stored, Sum
 from edgewise.formats.folder import read_folder, write_folder
 from edgewise.formats.quantized_folder import encode, format_from_json, format_to_json, pack_bits, unpack_bits
 from edgewise.formats.safetensors import SafetensorsFile, nbytes_of
@@ -88,6 +88,10 @@ STORED: dict[str, Callable[[], Stored]] = {
     "1:16": lambda: n_m(Dense(RNG.standard_normal((6, 2), np.float32)), group=16, kept=1),
     "1:1": lambda: n_m(Dense(RNG.standard_normal((6, 32), np.float32)), group=1, kept=1),
     "csr": csr,
+    "sum": lambda: Sum((quantized("int4/g32/fp16/min", (6, 10)), Factored(
+        Dense(RNG.standard_normal((6, 3), np.float32)), Dense(RNG.standard_normal((3, 10), np.float32))))),
+    "sparse in factored in sum": lambda: Sum((quantized("int8/axis", (3, 10)), Factored(
+        Dense(RNG.standard_normal((3, 4), np.float32)), csr()))),
     "csr in factored": lambda: Factored(Dense(RNG.standard_normal((3, 4), np.float32)), csr()),
 }
 
@@ -103,6 +107,9 @@ def same(left: Any, right: Any) -> None:
         assert left.dtype == right.dtype
         assert left.shape == right.shape
         assert left.tobytes() == right.tobytes()
+    elif isinstance(left, tuple) and any(isinstance(part, Stored) for part in left):
+        for first, second in zip(left, right, strict=True):
+            same(first, second)
     elif hasattr(left, "__dataclass_fields__") and not isinstance(left, (QuantFormat, NumberFormat)):
         for field in left.__dataclass_fields__:
             same(getattr(left, field), getattr(right, field))

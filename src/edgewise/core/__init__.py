@@ -21,7 +21,7 @@ _NAMES = {
     "report": "Origin Quantity Report Table Verdict",
     "schedule": "Buffer Event Schedule Task Timeline",
     "stats": "InputStats Stats",
-    "storage": "BlockCodec Blocks Dense Factored LazyTensors QuantizedTensor Sparse Stored",
+    "storage": "BlockCodec Blocks Dense Factored LazyTensors QuantizedTensor Sparse Stored Sum",
     "workload": "Op Phase Workload",
 }
 """Public names by module. A module is imported when one of its names is first used: a start pays for what it uses."""

@@ -1,4 +1,4 @@
-"""How a tensor is stored: dense, quantised, as a file's own blocks, factored or sparse. All of them nest.
+"""How a tensor is stored: dense, quantised, as a file's own blocks, factored, sparse or a sum. All of them nest.
 
 `Stored` is a protocol; `dense()` and `matmul()` are references for tests and export, never a fast path.
 """
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, bf16_to_float32, dequantize
 
-__all__ = ["BlockCodec", "Blocks", "Dense", "Factored", "LazyTensors", "QuantizedTensor", "Sparse", "Stored", "rows_of"]
+__all__ = ["BlockCodec", "Blocks", "Dense", "Factored", "LazyTensors", "QuantizedTensor", "Sparse", "Stored", "Sum",
+           "rows_of"]
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -208,6 +209,40 @@ class Factored:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class Sum:
+    """W = the sum of its parts, of one shape, each in any storage form: a rounded weight and a correction."""
+
+    parts: tuple[Stored, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts or any(part.shape != self.parts[0].shape for part in self.parts):
+            raise InvalidValueError(f"Sum expects parts of one shape; given {[part.shape for part in self.parts]}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.parts[0].shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def dense(self) -> Float32:
+        total = self.parts[0].dense()
+        for part in self.parts[1:]:
+            total = total + part.dense()
+        return total
+
+    def matmul(self, x: Float32) -> Float32:
+        total = self.parts[0].matmul(x)
+        for part in self.parts[1:]:
+            total = total + part.matmul(x)
+        return total
+
+    def __repr__(self) -> str:
+        return f"Sum({' + '.join(map(repr, self.parts))})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class Sparse(_MatmulByDense):
     """Only the non-zero values are stored.
 
@@ -302,4 +337,6 @@ def rows_of(stored: Stored, rows: slice | int) -> Stored:
         return stored.rows(start, stop)
     if isinstance(stored, Factored) and isinstance(rows, slice):
         return replace(stored, left=rows_of(stored.left, rows))
+    if isinstance(stored, Sum) and isinstance(rows, slice):
+        return Sum(tuple(rows_of(part, rows) for part in stored.parts))
     return Dense(np.ascontiguousarray(stored.dense()[start:stop]).reshape(shape))

@@ -16,7 +16,7 @@ from typing import Any
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import UnsupportedError, notice
 from edgewise.core.report import Quantity, Report, Table
-from edgewise.core.storage import Blocks, Dense, Factored, QuantizedTensor, Sparse, Stored
+from edgewise.core.storage import Blocks, Dense, Factored, QuantizedTensor, Sparse, Stored, Sum
 from edgewise.formats.cache import Progress
 from edgewise.formats.folder import read_folder
 from edgewise.formats.safetensors import SafetensorsFile
@@ -53,6 +53,8 @@ def format_of(stored: Stored) -> str:
     if isinstance(stored, Sparse):
         kept = "csr" if stored.n_m is None else f"{stored.n_m[0]}:{stored.n_m[1]}"
         return f"{kept} sparse ({format_of(stored.values)})"
+    if isinstance(stored, Sum):
+        return " + ".join(map(format_of, stored.parts))
     return type(stored).__name__
 
 

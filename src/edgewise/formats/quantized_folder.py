@@ -10,6 +10,7 @@ quantization_config = {"quant_method": "edgewise", "version": 1, "formats": {nam
                name.zeros   uint8, when it has integer zero points: `bits` bits each, packed as one row
     blocks     name.blocks  uint8 (rows, bytes per row): a file's own blocks, such as GGUF's Q4_1
     factored   name.left, name.right: each in any form
+    sum        name.part0, name.part1, ...: each in any form
     sparse     name.values in any form; name.index (n:m: places in a group, packed as one row; csr: columns);
                name.row_starts (csr)
 
@@ -32,13 +33,14 @@ from numpy.typing import NDArray
 
 from edgewise.core.errors import FormatError, InvalidValueError, UnsupportedError
 from edgewise.core.numbers import BF16, E8M0, FP16, FP32, Granularity, NumberFormat, QuantFormat
-from edgewise.core.storage import BlockCodec, Blocks, Dense, Factored, QuantizedTensor, Sparse, Stored
+from edgewise.core.storage import BlockCodec, Blocks, Dense, Factored, QuantizedTensor, Sparse, Stored, Sum
 from edgewise.formats.safetensors import TensorFiles, dtype_name
 
 __all__ = ["Part", "decode", "encode", "format_from_json", "format_to_json", "pack_bits", "part_names", "unpack_bits"]
 
 Array = NDArray[Any]
 _NESTING = 4
+_MOST_PARTS = 8
 _DENSE_DTYPE = {FP32: "F32", FP16: "F16", BF16: "BF16"}
 CodecOf = Callable[[str], BlockCodec]
 
@@ -184,6 +186,10 @@ def encode(tensor: Stored, name: str) -> tuple[dict[str, Any], dict[str, Part]]:
         left, left_parts = encode(tensor.left, f"{name}.left")
         right, right_parts = encode(tensor.right, f"{name}.right")
         return {"storage": "factored", "left": left, "right": right}, {**left_parts, **right_parts}
+    if isinstance(tensor, Sum):
+        encoded = [encode(part, f"{name}.part{place}") for place, part in enumerate(tensor.parts)]
+        return ({"storage": "sum", "parts": [each for each, _ in encoded]},
+                {entry: part for _, parts in encoded for entry, part in parts.items()})
     if isinstance(tensor, Sparse):
         values, parts = encode(tensor.values, f"{name}.values")
         described: dict[str, Any] = {"storage": "sparse", "encoding": tensor.encoding, "values": values,
@@ -198,7 +204,7 @@ def encode(tensor: Stored, name: str) -> tuple[dict[str, Any], dict[str, Part]]:
         parts[f"{name}.row_starts"] = Part(dtype_name(tensor.row_starts), tensor.row_starts)
         return described, parts
     raise UnsupportedError(f"tensor {name!r} is stored as {type(tensor).__name__}, which a folder cannot hold; "
-                           "expected Dense, QuantizedTensor, Blocks, Factored or Sparse")
+                           "expected Dense, QuantizedTensor, Blocks, Factored, Sparse or Sum")
 
 
 def _place_bits(group: int) -> int:
@@ -317,7 +323,12 @@ def _part_names(name: str, description: Any, depth: int) -> list[str]:
     if storage == "factored":
         return [part for side in ("left", "right")
                 for part in _part_names(f"{name}.{side}", description.get(side), depth - 1)]
-    _expect(storage == "sparse", "storage dense, quantized, blocks, factored or sparse", storage)
+    if storage == "sum":
+        parts = description.get("parts")
+        _expect(isinstance(parts, list) and 1 <= len(parts) <= _MOST_PARTS, f"1 to {_MOST_PARTS} parts", parts)
+        return [entry for place, part in enumerate(parts)
+                for entry in _part_names(f"{name}.part{place}", part, depth - 1)]
+    _expect(storage == "sparse", "storage dense, quantized, blocks, factored, sparse or sum", storage)
     _expect(description.get("encoding") in ("n_m", "csr"), "encoding n_m or csr", description.get("encoding"))
     rows = [f"{name}.row_starts"] if description["encoding"] == "csr" else []
     return [f"{name}.index", *rows, *_part_names(f"{name}.values", description.get("values"), depth - 1)]
@@ -341,10 +352,13 @@ def _first(files: TensorFiles) -> str | None:
 def _decode(name: str, description: Mapping[str, Any], files: TensorFiles, codec_of: CodecOf) -> Stored:
     storage = description["storage"]
     if storage == "dense":
-        return files.dense(name)
+        return files.dense(name, aligned=False)  # parts of a tensor lie side by side, whatever their sizes
     if storage == "factored":
         return Factored(_decode(f"{name}.left", description["left"], files, codec_of),
                         _decode(f"{name}.right", description["right"], files, codec_of))
+    if storage == "sum":
+        return Sum(tuple(_decode(f"{name}.part{place}", part, files, codec_of)
+                         for place, part in enumerate(description["parts"])))
     shape: Any = description.get("shape")
     _expect(isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 48 for size in shape),
             "a shape", shape)
@@ -467,7 +481,7 @@ def _decode_n_m(name: str, n_m: Any, shape: tuple[int, int], values: Stored, fil
 
 
 def _decode_csr(name: str, shape: tuple[int, int], values: Stored, files: TensorFiles) -> Sparse:
-    index, starts = files.array(f"{name}.index").copy(), files.array(f"{name}.row_starts").copy()
+    index, starts = (files.array(f"{name}.{part}", aligned=False).copy() for part in ("index", "row_starts"))
     _expect(index.dtype.kind in "iu" and index.ndim == 1, "integer columns", index.dtype)
     _expect(starts.dtype.kind in "iu" and starts.shape == (shape[0] + 1,), "a start per row and an end", starts.shape)
     _expect(math.prod(values.shape) == index.size, f"{index.size} values", values.shape)

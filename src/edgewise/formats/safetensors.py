@@ -113,11 +113,11 @@ class SafetensorsFile(Mapping[str, Entry]):
             flat = flat.copy()
         return flat.reshape(entry.shape)
 
-    def dense(self, name: str) -> Dense:
+    def dense(self, name: str, *, aligned: bool = True) -> Dense:
         """A float tensor as Dense. F64 is narrowed to float32, with a notice; other dtypes are UnsupportedError."""
         dtype = self._entries[name].dtype
         if dtype in _NUMBERS:
-            return Dense(self.array(name), _NUMBERS[dtype])
+            return Dense(self.array(name, aligned=aligned), _NUMBERS[dtype])
         if dtype == "F64":
             notice("degraded", "F64 tensors are narrowed to float32", where=str(self.path))
             return Dense(self.array(name).astype(np.float32))
@@ -232,9 +232,9 @@ class TensorFiles(Mapping[str, Entry]):
         """See SafetensorsFile.array."""
         return self._homes[name].array(name, aligned=aligned)
 
-    def dense(self, name: str) -> Dense:
+    def dense(self, name: str, *, aligned: bool = True) -> Dense:
         """See SafetensorsFile.dense."""
-        return self._homes[name].dense(name)
+        return self._homes[name].dense(name, aligned=aligned)
 
 
 def tensor_files(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, UnsupportedError, notice
-from edgewise.core.storage import Dense, Factored, Sparse, Stored, rows_of
+from edgewise.core.storage import Dense, Factored, Sparse, Stored, Sum, rows_of
 from edgewise.engine.plan import Activation, Linear
 
 __all__ = ["FUNCTIONS", "Config", "Function", "Tensors", "activation_of"]
@@ -30,7 +30,7 @@ FUNCTIONS: dict[str, Function] = {
 
 def activation_of(weight: Stored) -> Activation:
     """Inputs are rounded to int8 only where the weight is quantised; a float weight deserves float inputs."""
-    if isinstance(weight, Dense):
+    if isinstance(weight, Dense | Sum):  # a sum runs as floats
         return "float32"
     if isinstance(weight, Factored):
         both = {activation_of(weight.left), activation_of(weight.right)}
