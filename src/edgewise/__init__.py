@@ -6,21 +6,13 @@
     for piece in model.stream("What is a leaf?"):
         print(piece, end="")
 
-Importing this package imports nothing else: each public name is loaded when it is first used.
+Importing this package imports no room: each public name is loaded when it is first used.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from edgewise.core.front_door import front_door
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
-
-_HOME = {"load": "edgewise.engine"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'edgewise' has no attribute {name!r}")
+_names, __getattr__ = front_door(__name__, {"engine": "load"})
+__all__ = ["__version__", *_names]

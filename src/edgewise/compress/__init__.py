@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from edgewise.core.front_door import front_door
 
-_HOME = {"Block": "walk", "Group": "walk", "StatsSource": "walk", "blocks_of": "walk", "walk": "walk"}
-__all__ = ["Block", "Group", "StatsSource", "blocks_of", "walk"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__ = front_door(__name__, {"walk": "Block Group StatsSource blocks_of walk"})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from edgewise.core.front_door import front_door
 
-_NAMES = {
+__all__, __getattr__ = front_door(__name__, {
     "activation": "StaticActivation activations_of activations_to_config",
     "budget": "Budget Violation",
     "checkpoint": "Checkpoint Step",
@@ -23,13 +22,4 @@ _NAMES = {
     "stats": "InputStats Stats",
     "storage": "BlockCodec Blocks Dense Factored LazyTensors QuantizedTensor Sparse Stored Sum",
     "workload": "Op Phase Workload",
-}
-"""Public names by module. A module is imported when one of its names is first used: a start pays for what it uses."""
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+})

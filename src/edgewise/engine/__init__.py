@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from edgewise.core.front_door import front_door
 
-__all__ = ["Generation", "GenerationOptions", "LanguageModel", "Token", "load", "model_of"]
-
-_HOME = {
-    "Generation": "generate", "GenerationOptions": "generate", "Token": "generate", "LanguageModel": "model",
-    "load": "loading", "model_of": "loading",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__ = front_door(__name__, {
+    "generate": "Generation GenerationOptions Token",
+    "loading": "load model_of",
+    "model": "LanguageModel",
+})

@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from edgewise.core.front_door import front_door
 
-__all__ = ["FitResult", "fit"]
-
-_HOME = {"FitResult": "search", "fit": "search"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__ = front_door(__name__, {"search": "FitResult fit"})

@@ -5,15 +5,9 @@ A recipe is a file <slug>.py with RECIPE in it, found by that; there is no list 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from edgewise.core.front_door import front_door
 
-__all__ = ["coverage_report", "recipe_of", "reproduce", "slugs"]
-
-_HOME = {"recipe_of": "runner", "reproduce": "runner", "slugs": "runner", "coverage_report": "coverage"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__ = front_door(__name__, {
+    "coverage": "coverage_report",
+    "runner": "recipe_of reproduce slugs",
+})
