@@ -9,7 +9,7 @@ import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.storage import Dense, Stored
-from edgewise.formats.folder import write_folder
+from edgewise.formats.folder_writer import write_folder
 
 __all__ = ["CHAT_TEMPLATE", "SPECIAL", "tiny_checkpoint", "tiny_encoder", "tiny_folder", "tokenizer_json"]
 

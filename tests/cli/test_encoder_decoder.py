@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from edgewise import load
 from edgewise.cli import app
 from edgewise.core.errors import UnsupportedError
-from edgewise.formats.folder import write_folder
+from edgewise.formats.folder_writer import write_folder
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,17 @@ def test_block_types(checkpoint, tmp_path, out, name):
     assert [step.name for step in made.lineage] == ["convert"]
 
 
+def test_the_layout_of_compressed_tensors(checkpoint, tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    convert(checkpoint, ours, "int4/g32", embedding="F16")
+    convert(ours, theirs, layout="compressed-tensors")
+    expected, made = open_checkpoint(ours), open_checkpoint(theirs)
+    for name in expected.tensors:
+        np.testing.assert_array_equal(made.tensors[name].dense(), expected.tensors[name].dense())
+    ids = np.arange(40, dtype=np.int32)
+    np.testing.assert_array_equal(load(theirs).forward(ids), load(ours).forward(ids))
+
+
 def test_a_number_format_in_a_folder(checkpoint, tmp_path):
     fmt = QuantFormat.parse("int4/g32/fp16/min")
     report = convert(checkpoint, tmp_path / "folder", str(fmt), embedding="q8_0")

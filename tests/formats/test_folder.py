@@ -26,8 +26,9 @@ from edgewise.core.errors import (
 )
 from edgewise.core.numbers import BF16, FP16, FP32, float32_to_bf16
 from edgewise.core.storage import Dense
-from edgewise.formats import folder as module
-from edgewise.formats.folder import is_model_folder, read_folder, write_folder
+from edgewise.formats import folder_writer as module
+from edgewise.formats.folder import is_model_folder, read_folder
+from edgewise.formats.folder_writer import write_folder
 
 CONFIG = {"model_type": "llama", "hidden_size": 4, "architectures": ["LlamaForCausalLM"], "eos_token_id": 2}
 
@@ -146,8 +147,8 @@ def test_hostile_configuration(tmp_path: Path, config: str, message: str) -> Non
 
 
 def test_other_quantisation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="'gptq'"):
-        read_folder(make(tmp_path / "m", {**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(UnsupportedError, match="'quip'"):
+        read_folder(make(tmp_path / "m", {**CONFIG, "quantization_config": {"quant_method": "quip"}}))
     with pytest.raises(UnsupportedError, match="newer edgewise"):
         read_folder(make(tmp_path / "m", {**CONFIG, "quantization_config": {"quant_method": "edgewise", "version": 2}}))
 

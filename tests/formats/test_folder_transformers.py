@@ -12,7 +12,8 @@ import pytest
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.numbers import BF16, FP16, FP32, QuantFormat, quantize
 from edgewise.core.storage import Dense, QuantizedTensor, Stored
-from edgewise.formats.folder import read_folder, write_folder
+from edgewise.formats.folder import read_folder
+from edgewise.formats.folder_writer import write_folder
 
 pytestmark = pytest.mark.slow
 

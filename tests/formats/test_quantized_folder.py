@@ -31,7 +31,8 @@ from edgewise.core.numbers import (
     quantize,
 )
 from edgewise.core.storage import Dense, Factored, QuantizedTensor, Sparse, Stored, Sum
-from edgewise.formats.folder import read_folder, write_folder
+from edgewise.formats.folder import read_folder
+from edgewise.formats.folder_writer import write_folder
 from edgewise.formats.quantized_folder import encode, format_from_json, format_to_json, pack_bits, unpack_bits
 from edgewise.formats.safetensors import SafetensorsFile, nbytes_of
 

@@ -27,13 +27,15 @@ if any((Path(entry) / "edgewise").is_dir() for entry in os.environ.get("PYTHONPA
     sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import EdgewiseError, collect_notices
 from edgewise.core.numbers import QuantFormat, quantize
 from edgewise.core.storage import Blocks, Dense, Factored, QuantizedTensor, Sparse, Stored
 from edgewise.data.tokenizer import tokenizer_from_json, tokenizer_of
-from edgewise.formats.folder import read_folder, write_folder
+from edgewise.formats.folder import read_folder
+from edgewise.formats.folder_writer import write_folder
 from edgewise.formats.ggml_blocks import READ, WRITTEN, codec, encode, stored_of
 from edgewise.formats.gguf import read_gguf, read_gguf_raw, write_gguf, write_gguf_raw
 from edgewise.native import _core
@@ -184,6 +186,40 @@ def storage_target(place: Path) -> Target:
     return Target(seeds, [folder / name for name in names], lambda: use(read_folder(folder)))
 
 
+def foreign_target(place: Path) -> Target:
+    """Folders as GPTQ and AWQ tools write them, and one of compressed-tensors."""
+    rng, folders = np.random.default_rng(0), []
+    words = {"qweight": (8, 16), "qzeros": (2, 2), "g_idx": (64,)}
+    for method in ("gptq", "awq"):
+        shapes = words if method == "gptq" else {"qweight": (64, 2), "qzeros": (2, 2)}
+        parts = {f"l.{name}": rng.integers(0, 2, shape).astype(np.int32) for name, shape in shapes.items()}
+        folders.append(place / method)
+        folders[-1].mkdir()
+        save_file({**parts, "l.scales": np.ones((2, 16), np.float16)}, folders[-1] / "model.safetensors")
+        (folders[-1] / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {
+            "quant_method": method, "bits": 4, "group_size": 32}}))
+    tensors: dict[str, Stored] = {}
+    for text in ("int4/g32/fp16", "int3/g32/bf16/int", "e4m3/axis/fp32", "int8/tensor/fp16"):
+        fmt = QuantFormat.parse(text)
+        codes, scales, zero = quantize(rng.standard_normal((4, 64)).astype(np.float32), fmt)
+        tensors[f"{text[:4]}.weight"] = QuantizedTensor(codes, scales, fmt, zeros=zero if fmt.zero == "int" else None)
+    folders.append(place / "compressed")
+    write_folder(Checkpoint("llama", {"model_type": "llama"}, tensors), folders[-1], layout="compressed-tensors")
+    paths = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
+
+    def read() -> None:
+        failed: BaseException | None = None
+        for folder in folders:  # only one of them is damaged
+            try:
+                use(read_folder(folder))
+            except EdgewiseError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    return Target([path.read_bytes() for path in paths], paths, read)
+
+
 def tokenizer_target(place: Path) -> Target:
     path = place / "tokenizer.json"
     seed = json.dumps(json.loads(tiny_tokenizer()), ensure_ascii=False).encode()
@@ -193,6 +229,7 @@ def tokenizer_target(place: Path) -> Target:
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "gguf": gguf_target, "safetensors": safetensors_target, "storage": storage_target,
+    "foreign": foreign_target,
     "tokenizer": tokenizer_target}
 
 

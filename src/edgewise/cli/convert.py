@@ -17,6 +17,7 @@ EXAMPLES = (
     "edgewise convert smollm2 --out smollm2-int4 --format int4/g32/fp16/min --embedding Q8_0",
     "edgewise convert model.gguf --out model-fp16 --dense fp16",
     "edgewise convert path/to/folder --out model.gguf",
+    "edgewise convert path/to/gptq-folder --out model-ct --layout compressed-tensors",
 )
 
 
@@ -31,6 +32,8 @@ def command(
                                                   "others.", show_default=False)] = None,
     dense: Annotated[str | None, typer.Option("--dense", help="Write a folder of plain fp16, bf16 or fp32 tensors for "
                                               "other software.", show_default=False)] = None,
+    layout: Annotated[str, typer.Option("--layout", help="Whose entries hold the weights of a folder: edgewise, or "
+                                        "compressed-tensors for transformers and vLLM.")] = "edgewise",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="Show the error of every tensor.")] = False,
 ) -> Report:
@@ -38,7 +41,8 @@ def command(
     from edgewise.fit.convert import convert
 
     with shared.loading("converting") as progress:
-        report = convert(model, out, format, embedding=embedding, dense=dense, overwrite=overwrite, progress=progress)
+        report = convert(model, out, format, embedding=embedding, dense=dense, layout=layout,  # type: ignore[arg-type]
+                         overwrite=overwrite, progress=progress)
     if current().json or tensors:
         return report
     return replace(report, tables=tuple(table for table in report.tables if table.title != "Tensors"))

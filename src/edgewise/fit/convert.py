@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.storage import LazyTensors, QuantizedTensor, Stored
 from edgewise.formats.cache import Progress
 from edgewise.formats.describe import format_of
-from edgewise.formats.folder import write_folder
+from edgewise.formats.folder_writer import Layout, write_folder
 from edgewise.formats.ggml_blocks import READ, WRITTEN, codec, encode, type_of
 from edgewise.formats.gguf import write_gguf
 from edgewise.formats.sources import open_checkpoint
@@ -87,13 +87,14 @@ def tensor_class(name: str) -> str:
 
 
 def convert(source: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[str], format: str = "keep", *,
-            embedding: str | None = None, dense: str | None = None, overwrite: bool = False,
+            embedding: str | None = None, dense: str | None = None, layout: Layout = "edgewise", overwrite: bool = False,
             offline: bool | None = None, progress: Progress | None = None) -> Report:
     """Write a model to `out`: a GGUF file when the name ends in .gguf, else a model folder.
 
     format: of every matrix; "keep", a block type of GGUF ("Q4_0", "F16"), or a QuantFormat ("int4/g32/fp16/min").
     embedding: of embedding and head, by default as the others. Norms, biases and tables of positions stay as they are.
     dense: "fp16", "bf16" or "fp32": a folder of plain tensors that hold the rounded values, for other software.
+    layout: "compressed-tensors" writes a folder whose quantised weights transformers and vLLM read.
     A matrix that a format cannot hold is written as F16 (BF16 where F16 ends too early), with a notice.
     Raises InvalidValueError for a format that the file cannot hold, and what reading and writing raise.
     """
@@ -102,6 +103,10 @@ def convert(source: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[
     if dense is not None and (gguf or dense not in _PLAIN):
         raise InvalidValueError("dense writes a model folder in fp16, bf16 or fp32; "
                                 f"given {f'the GGUF file {target}' if gguf else repr(dense)}")
+    if layout not in get_args(Layout) or (layout != "edgewise" and (gguf or dense is not None)):
+        raise InvalidValueError(f"the layout {layout!r} is not one of {', '.join(get_args(Layout))}" if layout not in
+                                get_args(Layout) else f"the layout {layout} is of a model folder with quantised "
+                                "weights; leave .gguf off the name, and dense away")
     wanted = _target(format, gguf)
     wanted_embedding = wanted if embedding is None else _target(embedding, gguf)
     if gguf and target.exists() and not overwrite:
@@ -113,13 +118,13 @@ def convert(source: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[
     number = None if dense is None else _PLAIN[dense]
     work = _Conversion(checkpoint, wanted, wanted_embedding, gguf, number)
     config = {"format": format, **({"embedding": embedding} if embedding else {}),
-              **({"dense": dense} if dense else {})}
+              **({"dense": dense} if dense else {}), **({"layout": layout} if layout != "edgewise" else {})}
     changed = checkpoint.with_tensors(work.tensors(), Step("convert", config, _version()))
     started = time.perf_counter()
     if gguf:
         write_gguf(changed, target, "keep", overwrite=overwrite, progress=progress)
     else:
-        write_folder(changed, target, dense=number or False, overwrite=overwrite, progress=progress)
+        write_folder(changed, target, dense=number or False, layout=layout, overwrite=overwrite, progress=progress)
     seconds = time.perf_counter() - started
     return _report(checkpoint, target, list(work.errors.values()), seconds, changed.lineage)
 

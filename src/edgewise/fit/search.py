@@ -34,7 +34,7 @@ from edgewise.fit.choose import Choice, Space, choose, context_limit, front_with
 from edgewise.fit.result import Measured, pareto_plot, report_of
 from edgewise.fit.sensitivity import Bench, Sample, importance_of, kl_rows, sample_of, sensitivities
 from edgewise.formats.cache import write_aside
-from edgewise.formats.folder import check_target, write_folder
+from edgewise.formats.folder_writer import check_target, write_folder
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.machine import usable_cores
 
