@@ -239,8 +239,11 @@ def test_export_of_nothing_quantised_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")
-@pytest.mark.parametrize("formats", [("int4/g32/fp32", "int8/axis/fp32", "int3/g32/fp32"), ("int4/g32/fp32/int",)])
-def test_transformers_loads_the_export_with_our_logits(tmp_path: Path, formats: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("formats", "dequantize"), [
+    # Unpacked at once, transformers applies one scheme to all weights; left packed, it has no place for zero points.
+    (("int4/g32/fp32", "int8/axis/fp32", "int3/g32/fp32"), False), (("int4/g32/fp32/int",), True)])
+def test_transformers_loads_the_export_with_our_logits(tmp_path: Path, formats: tuple[str, ...],
+                                                       dequantize: bool) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
     source = tiny_checkpoint(tied=False)
@@ -249,9 +252,8 @@ def test_transformers_loads_the_export_with_our_logits(tmp_path: Path, formats: 
     write_folder(source, tmp_path / "dense", dense=True)
     ids = torch.arange(40).reshape(1, 40)
     logits = []
-    # Left packed, weights with zero points do not load there: the place made for zero points has another shape.
-    unpacked = transformers.CompressedTensorsConfig(dequantize=True)
-    for name, options in (("packed", {"quantization_config": unpacked}), ("dense", {})):
+    route = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    for name, options in (("packed", route), ("dense", {})):
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32, **options)
         with torch.no_grad():
             logits.append(model.eval()(ids).logits.numpy())

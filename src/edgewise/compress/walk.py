@@ -39,7 +39,8 @@ from edgewise.core.errors import InvalidValueError, UnsupportedError
 from edgewise.core.stats import InputStats
 from edgewise.core.storage import Stored
 from edgewise.formats.cache import write_aside
-from edgewise.formats.folder import read_folder, write_folder
+from edgewise.formats.folder import read_folder
+from edgewise.formats.folder_writer import write_folder
 
 __all__ = ["Block", "Change", "Group", "StatsSource", "blocks_of", "walk"]
 

@@ -87,8 +87,8 @@ def tensor_class(name: str) -> str:
 
 
 def convert(source: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[str], format: str = "keep", *,
-            embedding: str | None = None, dense: str | None = None, layout: Layout = "edgewise", overwrite: bool = False,
-            offline: bool | None = None, progress: Progress | None = None) -> Report:
+            embedding: str | None = None, dense: str | None = None, layout: Layout = "edgewise",
+            overwrite: bool = False, offline: bool | None = None, progress: Progress | None = None) -> Report:
     """Write a model to `out`: a GGUF file when the name ends in .gguf, else a model folder.
 
     format: of every matrix; "keep", a block type of GGUF ("Q4_0", "F16"), or a QuantFormat ("int4/g32/fp16/min").
