@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import pytest
@@ -39,6 +40,22 @@ def test_a_verb_prints_its_report_with_its_notices():
     assert "counting" in result.stdout
     assert "4" in result.stdout
     assert "clamp: test: the count was clamped" in result.stdout
+
+
+@dataclass(frozen=True)
+class Size:
+    width: Annotated[int, typer.Option(help="How wide.", min=1)] = 2
+    names: Annotated[list[str] | None, typer.Option("--name", help="What to call it.")] = None
+
+
+def test_a_dataclass_stands_for_its_fields():
+    def sized(kind: str = "box", *, size: Size) -> Report:
+        return Report(kind, (Quantity("width", size.width), Quantity("names", " ".join(size.names or ["none"]))))
+
+    assert Report.from_json(json.loads(invoke(sized, "--json").stdout))["width"] == 2
+    said = Report.from_json(json.loads(invoke(sized, "--width", "5", "--name", "a", "--name", "b", "--json").stdout))
+    assert (said["width"], said["names"]) == (5, "a b")
+    assert invoke(sized, "--width", "0").exit_code == 2
 
 
 def test_a_pipe_gets_whole_lines():

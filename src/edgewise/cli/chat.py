@@ -42,33 +42,17 @@ def command(
     system: Annotated[str | None, typer.Option("--system", help="What the model is told beforehand.",
                                                show_default=False)] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print the speed of each answer to standard error.")] = False,
-    max_tokens: shared.MaxTokens = None,
-    temperature: shared.Temperature = None,
-    top_k: shared.TopK = None,
-    top_p: shared.TopP = None,
-    min_p: shared.MinP = None,
-    repetition_penalty: shared.RepetitionPenalty = None,
-    seed: shared.Seed = None,
-    stop: shared.Stop = None,
+    *,
+    sampled: shared.Sampling,
     overflow: shared.Overflow = "restart",
-    memory: shared.Memory = None,
-    context: shared.Context = None,
-    kv: shared.Kv = None,
-    threads: shared.Threads = None,
-    format: shared.Format = None,
-    cache: shared.Cache = True,
+    loading: shared.Loading,
 ) -> Report | None:
     """Talk with a model, turn by turn. Lines that are piped in are turns too. /help lists the commands."""
     shared.check_overflow(overflow)
-    from edgewise.engine import load
     from edgewise.engine.conversation import Conversation
 
-    with shared.loading("loading") as progress:
-        loaded = load(model, format=format, memory_bytes=memory, threads=threads, context=context, kv=kv, cache=cache,
-                      progress=progress)
-    options, source = shared.sampling(
-        loaded, seed=seed, overflow=overflow, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, repetition_penalty=repetition_penalty, stop=tuple(stop) if stop else None)
+    loaded = loading.load(model)
+    options, source = shared.sampling(loaded, seed=sampled.seed, overflow=overflow, **sampled.given())
     session = _Session(Conversation(loaded, options, system=system), sys.stdin.isatty(), stats,
                        shared.sampling_line(options, source))
     if session.interactive:

@@ -18,9 +18,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import typer
 import typer.core
@@ -143,12 +143,19 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> None:
 
 
 def wrap(command: Callable[..., Report | None]) -> Callable[..., None]:
-    """A verb with --json, --strict and --debug, its notices collected and its Report printed."""
+    """A verb with --json, --strict and --debug, its notices collected and its Report printed.
+
+    A parameter whose type is a dataclass stands for the options that are the dataclass's fields.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    groups = {p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)}
 
     @functools.wraps(command)
     def run(*, json: bool, strict: bool, debug: bool, **options: Any) -> None:
         output = Output(json, strict, debug)
         token = _output.set(output)
+        for name, group in groups.items():
+            options[name] = group(**{field.name: options.pop(field.name) for field in fields(group)})
         try:
             with _exit_codes(debug):
                 with collect_notices(strict=strict) as notices:
@@ -170,8 +177,8 @@ def wrap(command: Callable[..., Report | None]) -> Callable[..., None]:
         "strict": ("--strict", "Make every fallback, truncation, clamp or ignored field an error."),
         "debug": ("--debug", "Show the traceback of an error."),
     }
-    signature = inspect.signature(command, eval_str=True)
-    taken = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
+    taken = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for given in signature.parameters.values()
+             for p in (_options_of(groups[given.name]) if given.name in groups else [given])]
     common = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=bool,
                           default=typer.Option(False, flag, help=text, rich_help_panel="Common options"))
@@ -180,6 +187,14 @@ def wrap(command: Callable[..., Report | None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=[*taken, *common], return_annotation=None)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*taken, *common]}
     return run
+
+
+def _options_of(group: type[Any]) -> list[inspect.Parameter]:
+    """The fields of a dataclass as parameters, their types and defaults as declared."""
+    hints = get_type_hints(group, include_extras=True)
+    return [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[field.name],
+                              default=inspect.Parameter.empty if field.default is MISSING else field.default)
+            for field in fields(group)]
 
 
 class LazyGroup(typer.core.TyperGroup):

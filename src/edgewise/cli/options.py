@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
     from edgewise.engine.model import LanguageModel
     from edgewise.formats.cache import Progress
 
-__all__ = ["Cache", "Context", "Format", "Kv", "MaxTokens", "Memory", "MinP", "Model", "Overflow", "RepetitionPenalty",
-           "Seed", "Stop", "Temperature", "Threads", "TopK", "TopP", "check_overflow", "loading", "memory_line", "rate",
-           "sampling", "sampling_line"]
+__all__ = ["Cache", "Context", "Format", "Kv", "Loading", "Memory", "Model", "Overflow", "Sampling", "Threads",
+           "check_overflow", "loading", "memory_line", "rate", "sampling", "sampling_line"]
 
 _LOADING, _SAMPLING = "Loading", "Generation"
 
@@ -38,28 +38,66 @@ Format = Annotated[str | None, typer.Option("--format", help="Round the linear w
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep the packed weights for the next start.",
                                      rich_help_panel=_LOADING)]
 
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", min=0, help="Most new tokens; by default until "
-                                               "the model stops.", rich_help_panel=_SAMPLING, show_default=False)]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="0 takes the likeliest token. Default: as the "
-                                                   "model's generation_config says, else 0.",
-                                                   rich_help_panel=_SAMPLING, show_default=False)]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Sample among the k likeliest tokens.",
-                                          rich_help_panel=_SAMPLING, show_default=False)]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Sample among the likeliest tokens that hold this share.",
-                                            rich_help_panel=_SAMPLING, show_default=False)]
-MinP = Annotated[float | None, typer.Option("--min-p", help="Leave out tokens below this share of the likeliest.",
-                                            rich_help_panel=_SAMPLING, show_default=False)]
-RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1, tokens of late become "
-                                                         "less likely.", rich_help_panel=_SAMPLING,
-                                                         show_default=False)]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer. By default a new one, "
-                                          "which --stats and --json name.", rich_help_panel=_SAMPLING,
-                                          show_default=False)]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text. May be given more than once.",
-                                                rich_help_panel=_SAMPLING, show_default=False)]
 Overflow = Annotated[str, typer.Option("--overflow", help="When the context is full: error; stop, with a notice; or "
                                        "restart, which drops the oldest tokens and goes on, with a notice.",
                                        rich_help_panel=_SAMPLING)]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded to answer: each field is an option."""
+
+    memory: Memory = None
+    context: Context = None
+    kv: Kv = None
+    threads: Threads = None
+    format: Format = None
+    cache: Cache = True
+
+    def load(self, model: str) -> LanguageModel:
+        """The model, with a bar while it is packed."""
+        from edgewise.engine import load
+
+        with loading("loading") as progress:
+            loaded: LanguageModel = load(
+                model, format=self.format, memory_bytes=self.memory, threads=self.threads, context=self.context,
+                kv=self.kv, cache=self.cache, progress=progress)
+        return loaded
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is sampled: each field is an option, and None leaves it to the model."""
+
+    max_tokens: Annotated[int | None, typer.Option(
+        "--max-tokens", "-n", min=0, help="Most new tokens; by default until the model stops.",
+        rich_help_panel=_SAMPLING, show_default=False)] = None
+    temperature: Annotated[float | None, typer.Option(
+        "--temperature", help="0 takes the likeliest token. Default: as the model's generation_config says, else 0.",
+        rich_help_panel=_SAMPLING, show_default=False)] = None
+    top_k: Annotated[int | None, typer.Option(
+        "--top-k", help="Sample among the k likeliest tokens.", rich_help_panel=_SAMPLING, show_default=False)] = None
+    top_p: Annotated[float | None, typer.Option(
+        "--top-p", help="Sample among the likeliest tokens that hold this share.", rich_help_panel=_SAMPLING,
+        show_default=False)] = None
+    min_p: Annotated[float | None, typer.Option(
+        "--min-p", help="Leave out tokens below this share of the likeliest.", rich_help_panel=_SAMPLING,
+        show_default=False)] = None
+    repetition_penalty: Annotated[float | None, typer.Option(
+        "--repetition-penalty", help="Above 1, tokens of late become less likely.", rich_help_panel=_SAMPLING,
+        show_default=False)] = None
+    seed: Annotated[int | None, typer.Option(
+        "--seed", help="The same seed gives the same answer. By default a new one, which --stats and --json name.",
+        rich_help_panel=_SAMPLING, show_default=False)] = None
+    stop: Annotated[list[str] | None, typer.Option(
+        "--stop", help="End before this text. May be given more than once.", rich_help_panel=_SAMPLING,
+        show_default=False)] = None
+
+    def given(self) -> dict[str, Any]:
+        """What was asked for, under the names of GenerationOptions; without the seed."""
+        asked = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seed"}
+        asked["stop"] = tuple(self.stop) if self.stop else None
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 @contextmanager

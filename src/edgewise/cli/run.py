@@ -46,24 +46,13 @@ def command(
                                         "encoder always does.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed, memory, sampling and instruction tier to "
                                         "standard error.")] = False,
-    max_tokens: shared.MaxTokens = None,
-    temperature: shared.Temperature = None,
-    top_k: shared.TopK = None,
-    top_p: shared.TopP = None,
-    min_p: shared.MinP = None,
-    repetition_penalty: shared.RepetitionPenalty = None,
-    seed: shared.Seed = None,
-    stop: shared.Stop = None,
+    *,
+    sampled: shared.Sampling,
     logprobs: Annotated[int | None, typer.Option("--logprobs", min=0, max=100, help="Report each token's "
                                                  "log-probability, and this many of the likeliest tokens.",
                                                  rich_help_panel="Generation", show_default=False)] = None,
     overflow: shared.Overflow = "stop",
-    memory: shared.Memory = None,
-    context: shared.Context = None,
-    kv: shared.Kv = None,
-    threads: shared.Threads = None,
-    format: shared.Format = None,
-    cache: shared.Cache = True,
+    loading: shared.Loading,
 ) -> Report | None:
     """Answer a prompt. The answer goes to standard output as it comes, everything else to standard error."""
     shared.check_overflow(overflow)
@@ -71,24 +60,19 @@ def command(
     if raw and system is not None:
         raise InvalidValueError("--raw continues the text as it stands, so there is no place for --system; "
                                 "leave one of them out")
-    asked = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-             "repetition_penalty": repetition_penalty, "stop": tuple(stop) if stop else None, "logprobs": logprobs}
+    asked = sampled.given() | ({} if logprobs is None else {"logprobs": logprobs})
     with collect_notices(strict=current().strict) as notices:
-        from edgewise.engine import load
-
         started = time.perf_counter()
-        with shared.loading("loading") as progress:
-            loaded = load(model, format=format, memory_bytes=memory, threads=threads, context=context, kv=kv,
-                          cache=cache, progress=progress)
+        loaded = loading.load(model)
         load_s = time.perf_counter() - started
         if embed or loaded.kind == "encoder":
-            given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
+            given = [f"--{name.replace('_', '-')}" for name in asked]
             if given or system is not None:
                 notice("ignored", f"an embedding has no use for {', '.join(given) or '--system'}", where="run")
             answer: dict[str, Any] = _embedding(loaded, text, model)
             report = None if current().json else _embedding_report(answer)
         else:
-            options, source = shared.sampling(loaded, seed=seed, overflow=overflow, **asked)
+            options, source = shared.sampling(loaded, seed=sampled.seed, overflow=overflow, **asked)
             answer, report = _answer(loaded, text, system, raw, options, source, logprobs is not None, stats, load_s,
                                      model)
     if current().json:
