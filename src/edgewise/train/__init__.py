@@ -1,0 +1,19 @@
+"""Learning: quantisation-aware training, and the torch twin of the core's numbers. Needs the extra `torch`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgewise.core.errors import require
+from edgewise.core.front_door import front_door
+
+__all__, _opened = front_door(__name__, {
+    "fake_quant": "EmaRange LearnedClip Lsq LsqPlus StaticAffine fake_quantize per_token round_ste scale_gradient snap "
+                  "static_affine",
+})
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        require("torch", extra="torch", purpose=f"edgewise.train.{name}")
+    return _opened(name)
