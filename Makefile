@@ -5,7 +5,7 @@ NEW := .venv-test/bin
 PROMPT ?= Why is the sky blue?
 MEMORY ?= 90MB
 
-.PHONY: help demo test dev check lint fuzz test-arm test-wasm test-host clean
+.PHONY: help demo test dev check lint fuzz test-arm test-wasm test-host compare clean
 
 help:
 	@echo "make demo   build, fit SmolLM2-135M-Instruct to $(MEMORY), ask it a question; installs no torch"
@@ -13,6 +13,7 @@ help:
 	@echo "make dev    editable installation in .venv; again after a change of native/"
 	@echo "make check  lint, types, import contract and the fast tests, in .venv"
 	@echo "make fuzz   100,000 mutated files per format, native readers under AddressSanitizer, in .venv"
+	@echo "make compare   comparisons with other engines, each beside edgewise in one run, into docs/results; BENCH='llm'"
 	@echo "make test-arm, test-wasm, test-host   kernels of every instruction tier against the reference, in C++:"
 	@echo "            cross-compiled under qemu-aarch64, in wasmtime, and on this machine"
 
@@ -62,6 +63,23 @@ fuzz:
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		$(DEV)/python tests/fuzz/run.py
 
+# Peers are built from their source packages on the machine that compares them. BENCH: which comparisons.
+BENCH ?= interchange start llm
+compare: .venv-compare/installed .venv-peer/installed
+	for name in $(BENCH); do \
+		.venv-compare/bin/python benchmarks/$$name.py --peer-python .venv-peer/bin/python \
+			--out docs/results/$$name$$(test $$name = llm || echo .json) || exit 1; done
+
+.venv-compare/installed: $(SOURCES)
+	@test -x .venv-compare/bin/python || $(PYTHON) -m venv .venv-compare
+	.venv-compare/bin/python -m pip install --quiet -c constraints.txt '.[dev,encoders]'
+	@touch $@
+
+.venv-peer/installed:
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install --quiet --no-binary llama-cpp-python llama-cpp-python
+	@touch $@
+
 # The tools come as wheels; qemu-aarch64, and the second compiler for Arm, from the system's packages, if there.
 TOOLS := build/kernels/tools/bin
 test-arm test-wasm test-host: test-%:
@@ -70,4 +88,4 @@ test-arm test-wasm test-host: test-%:
 	$(TOOLS)/python native/tests/run.py $*
 
 clean:
-	rm -rf build .venv-test .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build .venv-test .venv-compare .venv-peer .pytest_cache .mypy_cache .ruff_cache .hypothesis
