@@ -1,6 +1,6 @@
 """What edgewise exports, loaded by others: the same text through both, and how far their predictions are apart.
 
-    python benchmarks/interchange.py --peer-python PEER/bin/python [--model smollm2] [--out docs/results/interchange.json]
+    python benchmarks/interchange.py --peer-python PEER/bin/python [--model smollm2] [--out OUT.json]
 
 PEER: an environment with llama-cpp-python (see llm.py); transformers and compressed-tensors are of this one.
 GGUF files are read by llama.cpp, folders in the layout of compressed-tensors by transformers. Each reads the first
