@@ -117,6 +117,11 @@ Gate function_named(const std::string& name) {
   return pick<Gate>("function", name, {{"silu", Gate::Silu}, {"gelu", Gate::Gelu}, {"gelu_tanh", Gate::GeluTanh}, {"relu", Gate::Relu}});
 }
 
+Site site_of(const std::string& name) {
+  return pick<Site>("site", name, {{"attention", Site::Attention}, {"output", Site::Output}, {"feed_forward", Site::FeedForward}, {"down", Site::Down},
+                                   {"source", Site::Source}, {"cross", Site::Cross}, {"cross_output", Site::CrossOutput}});
+}
+
 nb::object new_array(std::vector<size_t> shape, float** data) {
   size_t size = 1;
   for (size_t n : shape) size *= n;
@@ -263,6 +268,24 @@ void bind_engine(nb::module_& m) {
              s.begin(tokens.data(), slots.data(), tokens.size());
            }, "tokens"_a, "slots"_a)
       .def("run_layers", &Session::run_layers, "first"_a, "last"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("run_part", [](Session& s, size_t layer, const std::string& part) {
+             const Site site = site_of(part);
+             nb::gil_scoped_release release;
+             s.run_part(layer, site);
+           }, "layer"_a, "part"_a)
+      .def("inputs", [](Session& s, size_t layer, const std::string& part) {
+             const Site site = site_of(part);
+             float* out;
+             nb::object array = new_array({s.count(), s.input_cols(layer, site)}, &out);
+             nb::gil_scoped_release release;
+             s.inputs(layer, site, out);
+             return array;
+           }, "layer"_a, "part"_a, "What the linears of a part read, (tokens, cols)")
+      .def("set_inputs", [](Session& s, size_t layer, const std::string& part, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> x) {
+             const Site site = site_of(part);
+             if (x.shape(0) != s.count() || x.shape(1) != s.input_cols(layer, site)) throw std::invalid_argument("inputs are not (tokens, cols) of the part");
+             s.set_inputs(layer, site, x.data());
+           }, "layer"_a, "part"_a, "x"_a)
       .def("logits", [](Session& s, Tokens rows) {
              float* out;
              nb::object array = new_array({rows.size(), s.model().vocab}, &out);
@@ -318,8 +341,7 @@ void bind_engine(nb::module_& m) {
            }, "Seconds by operator, as the calling thread spends them")
       .def("set_capture", &Session::set_capture, "on"_a)
       .def("captured", [](Session& s, const std::string& site) {
-             const auto& values = s.captured(pick<Site>("site", site, {{"attention", Site::Attention}, {"output", Site::Output}, {"feed_forward", Site::FeedForward}, {"down", Site::Down},
-                                                                              {"source", Site::Source}, {"cross", Site::Cross}, {"cross_output", Site::CrossOutput}}));
+             const auto& values = s.captured(site_of(site));
              float* out;
              const size_t rows = std::max<size_t>(s.count(), 1);
              nb::object array = new_array({rows, values.size() / rows}, &out);

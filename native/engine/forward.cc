@@ -134,8 +134,8 @@ bool Session::leaves_norm(size_t index, size_t last) const {
   return count_ > 1 && index + 1 < last && model_->layers[index].post_norm && model_->layers[index + 1].post_norm;
 }
 
-// Layers first .. last - 1 are run one after the other.
-void Session::run_layer(size_t index, size_t thread, size_t first, size_t last) {
+// Layers first .. last - 1 are run one after the other; of a layer that is run alone, only some parts.
+void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, unsigned parts) {
   const Layer& layer = model_->layers[index];
   const LayerKernels& k = layer_kernels_[index];
   const size_t hidden = model_->hidden;
@@ -149,9 +149,9 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last) 
       return buffer;
     };
   };
-  const bool leaves_attention_norm = layer.post_norm && count_ > 1 && !layer.cross;
+  const bool leaves_attention_norm = layer.post_norm && count_ > 1 && !layer.cross && parts == kWhole;
 
-  {
+  if (parts & kAttendPart) {
     const Norm* pending = index > first && leaves_norm(index - 1, last) ? &model_->layers[index - 1].feed_forward_norm : nullptr;
     const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.q, &layer.k, &layer.v}), Site::Attention,
                                   normed(layer.attention_norm, pending));
@@ -159,13 +159,13 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last) 
                           {&layer.k, k.k, k_.floats(), kv_stride_, false},
                           {&layer.v, k.v, v_.floats(), kv_stride_, false}};
     multiply(thread, phase_of(index, kQueriesKeysValues), works, 3, inputs, count_);
+    mark(thread, Operator::Attention);
+    if (splits_chunks(layer))
+      attend_one(layer, index, thread);
+    else
+      attend_many(layer, index, thread);
   }
-  mark(thread, Operator::Attention);
-  if (splits_chunks(layer))
-    attend_one(layer, index, thread);
-  else
-    attend_many(layer, index, thread);
-  {
+  if (parts & kOutputPart) {
     const Inputs inputs = prepare(thread, layer.o.cols(), count_, inputs_of({&layer.o}), Site::Output,
                                   [&](size_t token, float* buffer) -> const float* {
                                     if (!splits_chunks(layer)) return attention_.floats() + token * q_stride_;
@@ -176,19 +176,22 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last) 
     const Work work = {&layer.o, k.o, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
     multiply(thread, phase_of(index, kOut), &work, 1, inputs, count_);
     if (normed_after) add_normed(layer.after_attention);
+    if (layer.post_norm && !leaves_attention_norm) norm_rows(layer.attention_norm, thread);
+    if (layer.cross) attend_across(*layer.cross, index, thread);
   }
-  if (layer.post_norm && !leaves_attention_norm) norm_rows(layer.attention_norm, thread);
-  if (layer.cross) attend_across(*layer.cross, index, thread);
-  if (layer.experts) return feed_experts(layer, k, thread);
+  if (layer.experts) {
+    if (parts & kFeedForwardPart) feed_experts(layer, k, thread);
+    return;
+  }
   // Of several tokens the feed-forward goes from one linear to the next without rows between them.
-  const bool direct = count_ > 1 && !capture_;
+  const bool direct = count_ > 1 && !capture_ && parts == kWhole;
   Inputs down = direct ? place(count_, layer.down.cols(), kLanes, inputs_of({&layer.down}), ffn_.data()) : Inputs{};
-  {
+  if (parts & kFeedForwardPart) {
     const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.gate, &layer.up}), Site::FeedForward,
                                   normed(layer.feed_forward_norm, leaves_attention_norm ? &layer.attention_norm : nullptr));
     gate_and_up(layer, k, inputs, thread, phase_of(index, kGateAndUp), direct ? &down : nullptr);
   }
-  {
+  if (parts & kDownPart) {
     if (!direct)
       down = prepare(thread, layer.down.cols(), count_, inputs_of({&layer.down}), Site::Down,
                      [&](size_t token, float*) { return ffn_.floats() + token * ffn_stride_; });
@@ -196,8 +199,8 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last) 
     const Work work = {&layer.down, k.down, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
     multiply(thread, phase_of(index, kDown), &work, 1, down, count_);
     if (normed_after) add_normed(layer.after_feed_forward);
+    if (layer.post_norm && !leaves_norm(index, last)) norm_rows(layer.feed_forward_norm, thread);
   }
-  if (layer.post_norm && !leaves_norm(index, last)) norm_rows(layer.feed_forward_norm, thread);
 }
 
 void Session::head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread) {

@@ -60,6 +60,16 @@ class Session {
   void begin(const int32_t* tokens, const int32_t* slots, size_t count);
   void run_layers(size_t first, size_t last);
 
+  // One layer in four parts, of passes of at least two tokens: for callers that look at what lies between them and change
+  // the weights before they are used. Attention: queries, keys, values and what they attend to; Output: the sum after it;
+  // FeedForward: up to the inputs of Down (of experts: all of it); Down: the layer's result.
+  void run_part(size_t layer, Site part);
+  // What a part's linears read, (count, cols). Between parts, the inputs of Output and Down may be set: those of another
+  // pass over the same tokens, whose hidden states are back as well.
+  size_t input_cols(size_t layer, Site part) const;
+  void inputs(size_t layer, Site part, float* out);
+  void set_inputs(size_t layer, Site part, const float* values);
+
   // What the tokens of a slot attend to across: states (n, width) of an encoder. Keys and values of every layer are made
   // once, here; the slot starts anew.
   void set_source(size_t slot, const float* states, size_t n, size_t width);
@@ -144,7 +154,9 @@ class Session {
   Operator operator_of(size_t phase) const;
   MatmulKernel kernel_for(const Linear& linear);
   void embed(size_t thread);
-  void run_layer(size_t index, size_t thread, size_t first, size_t last);
+  static constexpr unsigned kAttendPart = 1, kOutputPart = 2, kFeedForwardPart = 4, kDownPart = 8, kWhole = 15;
+  void run_layer(size_t index, size_t thread, size_t first, size_t last, unsigned parts = kWhole);
+  const Layer& part_of(size_t layer, Site part) const;
   bool leaves_norm(size_t index, size_t last) const;
   template <class Row>
   Inputs prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row);

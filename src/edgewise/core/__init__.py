@@ -20,7 +20,7 @@ __all__, __getattr__ = front_door(__name__, {
     "recipe": "Claim Recipe",
     "report": "Origin Quantity Report Table Verdict",
     "schedule": "Buffer Event Schedule Task Timeline",
-    "stats": "InputStats Stats",
+    "stats": "InputGatherer InputStats Stats",
     "storage": "BlockCodec Blocks Dense Factored LazyTensors QuantizedTensor Sparse Stored Sum",
     "workload": "Op Phase Workload",
 })
