@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgewise.core.errors import InvalidValueError
+from edgewise.core.values import dataclass
 
 __all__ = ["StaticActivation", "activations_of", "activations_to_config"]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from edgewise.core.storage import Stored
+from edgewise.core.values import dataclass
 
 __all__ = ["Checkpoint", "Step"]
 

@@ -6,7 +6,6 @@ Rounding goes through one table per format, the boundaries between neighbours, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.posit import posit_value, standard_boundary
+from edgewise.core.values import dataclass
 
 __all__ = [
     "BF16", "E4M3", "E5M2", "E8M0", "ELEMENTS", "FP4", "FP16", "FP32", "INT1", "INT2", "INT3", "INT4", "INT5", "INT6",

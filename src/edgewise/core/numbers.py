@@ -7,7 +7,7 @@ a group whose scale would be zero, or rounds to zero in the scale's own format, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +52,7 @@ from edgewise.core.elements import (
     round_to,
 )
 from edgewise.core.errors import InvalidValueError, notice
+from edgewise.core.values import dataclass
 
 __all__ = [
     "BF16", "E4M3", "E5M2", "E8M0", "FP4", "FP16", "FP32", "INT1", "INT2", "INT3", "INT4", "INT5", "INT6", "INT7",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, bf16_to_float32, dequantize
+from edgewise.core.values import dataclass
 
 __all__ = ["BlockCodec", "Blocks", "Dense", "Factored", "LazyTensors", "QuantizedTensor", "Sparse", "Stored", "Sum",
            "rows_of"]

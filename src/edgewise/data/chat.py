@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import EdgewiseError, FormatError, InvalidValueError, notice
+from edgewise.core.values import dataclass
 from edgewise.data.tokenizer import Tokenizer, named_tokens
 
 __all__ = ["ChatError", "ChatTemplate", "Message", "chat_template_of"]

@@ -16,12 +16,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from edgewise.core.errors import FormatError, UnsupportedError, notice
+from edgewise.core.values import dataclass
 
 __all__ = ["PRE_TOKENIZERS", "Built", "PreTokenizer", "build_from_gguf", "native_call"]
 

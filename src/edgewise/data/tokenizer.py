@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +21,7 @@ import tokenizers
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, InvalidValueError, notice
+from edgewise.core.values import dataclass
 from edgewise.data.gguf_tokenizer import Built, build_from_gguf, native_call
 
 __all__ = ["END_OF_TURN", "TextStream", "Tokenizer", "named_tokens", "tokenizer_from_json", "tokenizer_of"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from edgewise.core.errors import ContextOverflowError, InvalidValueError, notice
+from edgewise.core.values import dataclass
 from edgewise.data.stops import StopMatcher
 from edgewise.native import _core  # type: ignore[attr-defined]
 

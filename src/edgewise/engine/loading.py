@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import BudgetError, InvalidValueError, notice
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, float32_to_bf16, quantize
 from edgewise.core.storage import Dense, QuantizedTensor
+from edgewise.core.values import dataclass
 from edgewise.data.chat import chat_template_of
 from edgewise.data.tokenizer import Tokenizer, tokenizer_of
 from edgewise.engine.archs import plan_of

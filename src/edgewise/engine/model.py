@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import ContextOverflowError, InvalidValueError, UnsupportedError
+from edgewise.core.values import dataclass
 from edgewise.data.chat import ChatTemplate
 from edgewise.data.tokenizer import Tokenizer
 from edgewise.engine.generate import Generation, GenerationOptions, generate

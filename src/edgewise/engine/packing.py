@@ -14,7 +14,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from edgewise.core.errors import EdgewiseError, FormatError, notice
 from edgewise.core.numbers import BF16, E8M0, FP4, FP16, FP32, NumberFormat, QuantFormat
 from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Stored
+from edgewise.core.values import dataclass
 from edgewise.formats.cache import cache_root, locked, write_aside
 from edgewise.formats.mapped import release_pages
 from edgewise.native import _core  # type: ignore[attr-defined]

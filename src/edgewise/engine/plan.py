@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgewise.core.storage import Stored
+from edgewise.core.values import dataclass
 
 __all__ = ["Activation", "Attention", "AttentionPolicy", "CrossAttention", "Experts", "FeedForward", "Layer", "Linear",
            "Norm", "Plan", "RelativeBias", "Rope", "for_context", "layer_with", "plan_with"]

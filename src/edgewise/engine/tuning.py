@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from edgewise.core.errors import EdgewiseError, notice
+from edgewise.core.values import dataclass
 from edgewise.formats.cache import cache_root, write_aside
 from edgewise.measure.cores import usable_cores
 from edgewise.native import _core  # type: ignore[attr-defined]

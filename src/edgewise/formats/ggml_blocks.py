@@ -8,7 +8,6 @@ reciprocal of the scale and round halves up: files made here equal those of othe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from edgewise.core.errors import InvalidValueError, UnsupportedError
 from edgewise.core.numbers import BF16, E8M0, FP4, FP16, FP32, Granularity, NumberFormat
 from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Stored
+from edgewise.core.values import dataclass
 from edgewise.native.io import BlockLayout, block_layouts, decode_blocks, encode_blocks, first_nonfinite_block
 
 __all__ = ["PLAIN", "READ", "WRITTEN", "GgmlCodec", "codec", "encode", "ggml_bytes", "stored_of",

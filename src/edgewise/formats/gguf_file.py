@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.errors import EdgewiseError, FormatError, SourceError, UnsupportedError
 from edgewise.core.storage import LazyTensors, Stored
+from edgewise.core.values import dataclass
 from edgewise.formats.ggml_blocks import codec, stored_of
 from edgewise.native.io import GgufHeader, GgufKey, GgufTensor, gguf_strings, parse_gguf
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from edgewise.core.errors import UnsupportedError
+from edgewise.core.values import dataclass
 
 __all__ = ["ARCHITECTURES", "GgufArch", "arch_of_config", "arch_of_file"]
 

@@ -14,12 +14,12 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import EdgewiseError, SourceError, require
+from edgewise.core.values import dataclass
 from edgewise.formats.cache import Progress, cache_root, locked, write_aside
 
 __all__ = ["SHORT_NAMES", "Chunks", "open_checkpoint", "resolve"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+
+from edgewise.core.values import dataclass
 
 __all__ = ["Cores", "cgroup_files", "usable_cores"]
 

@@ -6,7 +6,6 @@ A family reads a `Decoder`, builds its layers with it, and hands them to `finish
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError
+from edgewise.core.values import dataclass
 from edgewise.engine.archs._reading import FUNCTIONS, Config, Function, Tensors
 from edgewise.engine.archs._rope import rope_of
 from edgewise.engine.plan import AttentionPolicy, FeedForward, Layer, Linear, Norm, Plan, Rope
