@@ -28,6 +28,7 @@ from edgewise.core.numbers import (
     NumberFormat,
     QuantFormat,
     int_format,
+    posit_format,
     quantize,
 )
 from edgewise.core.storage import Dense, Factored, QuantizedTensor, Sparse, Stored, Sum
@@ -182,7 +183,9 @@ def test_packing_agrees_with_its_transcription(bits: int, signed: bool, data: st
 
 @pytest.mark.parametrize("fmt", [QuantFormat.parse(text) for text in TEXT_FORMATS] + [
     MXFP4, QuantFormat(int_format(9), Granularity("axis")), QuantFormat(NF4, Granularity("group", 8), E8M0),
-    QuantFormat(int_format(4, restricted=True), Granularity("tensor"), FP32, prefixes=(2,), n_m=(1, 4))], ids=str)
+    QuantFormat(int_format(4, restricted=True), Granularity("tensor"), FP32, prefixes=(2,), n_m=(1, 4)),
+    QuantFormat(posit_format(6, 1, "standard"), Granularity("axis"), FP32, peak=1 / 3),
+    QuantFormat.parse("posit8_0@4/axis/fp32")], ids=str)
 def test_formats_have_a_json_form(fmt: QuantFormat) -> None:
     assert format_from_json(json.loads(json.dumps(format_to_json(fmt)))) == fmt
 

@@ -17,6 +17,7 @@ __all__, __getattr__ = front_door(__name__, {
               "notice",
     "graph": "Graph Node TensorInfo",
     "numbers": "MXFP4 Granularity QuantFormat best_peak dequantize quantize",
+    "quire": "quire_bits quire_matmul",
     "recipe": "Claim Recipe",
     "report": "Origin Quantity Report Table Verdict",
     "schedule": "Buffer Event Schedule Task Timeline",

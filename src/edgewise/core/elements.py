@@ -54,8 +54,9 @@ class NumberFormat:
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        if self.rounding != "nearest" and self.kind != "posit":
-            raise InvalidValueError(f"rounding {self.rounding!r} is for posits; given {self.name}")
+        if self.rounding not in (("nearest", "nonzero", "standard") if self.kind == "posit" else ("nearest",)):
+            raise InvalidValueError(f"rounding is nearest, or for posits nonzero or standard; given {self.rounding!r} "
+                                    f"for {self.name}")
 
     @property
     def name(self) -> str:

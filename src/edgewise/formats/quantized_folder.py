@@ -115,7 +115,7 @@ def number_to_json(number: NumberFormat) -> str | dict[str, Any]:
     return {"kind": number.kind, "bits": number.bits, "signed": number.signed, "restricted": number.restricted,
             "exponent_bits": number.exponent_bits, "mantissa_bits": number.mantissa_bits,
             "finite_only": number.finite_only, "es": number.es, "codebook": list(number.codebook),
-            "label": number.label}
+            "label": number.label, **({} if number.rounding == "nearest" else {"rounding": number.rounding})}
 
 
 def number_from_json(data: Any) -> NumberFormat:
@@ -149,7 +149,7 @@ def format_to_json(fmt: QuantFormat) -> str | dict[str, Any]:
         pass
     return {"element": number_to_json(fmt.element), "granularity": str(fmt.granularity),
             "scale": number_to_json(fmt.scale), "zero": fmt.zero, "prefixes": list(fmt.prefixes),
-            "n_m": list(fmt.n_m) if fmt.n_m else None}
+            "n_m": list(fmt.n_m) if fmt.n_m else None, **({"peak": fmt.peak} if fmt.peak else {})}
 
 
 def format_from_json(data: Any) -> QuantFormat:
@@ -157,15 +157,17 @@ def format_from_json(data: Any) -> QuantFormat:
     if isinstance(data, str):
         return QuantFormat.parse(data)
     keys = {"element", "granularity", "scale", "zero", "prefixes", "n_m"}
-    _expect(isinstance(data, Mapping) and set(data) == keys, f"the fields {sorted(keys)}", data)
+    _expect(isinstance(data, Mapping) and set(data) - {"peak"} == keys, f"the fields {sorted(keys)}", data)
     place, zero, n_m, prefixes = data["granularity"], data["zero"], data["n_m"], data["prefixes"]
+    peak = data.get("peak", 0.0)
+    _expect(type(peak) in (int, float), "a peak as a number", data)
     _expect(isinstance(place, str) and zero in ("none", "int", "min"), "granularity and zero", data)
     _expect(n_m is None or (isinstance(n_m, list) and len(n_m) == 2 and all(type(v) is int for v in n_m)
                             and 1 <= n_m[0] <= n_m[1] <= 256), "n_m as [n, m]", data)
     _expect(isinstance(prefixes, list) and all(type(v) is int and 0 < v <= 16 for v in prefixes), "prefixes", data)
     granularity: Granularity = QuantFormat.parse(f"int8/{place}").granularity
     return QuantFormat(number_from_json(data["element"]), granularity, number_from_json(data["scale"]), zero,
-                       tuple(prefixes), tuple(n_m) if n_m else None)
+                       tuple(prefixes), tuple(n_m) if n_m else None, float(peak))
 
 
 def _expect(condition: bool, expected: str, given: Any) -> None:
