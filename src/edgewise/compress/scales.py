@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from edgewise.compress.walk import Group
 from edgewise.core.errors import InvalidValueError, UnsupportedError
-from edgewise.core.storage import Dense, Stored
+from edgewise.core.numbers import NumberFormat, round_to
+from edgewise.core.storage import Dense, QuantizedTensor, Stored
 
 __all__ = ["rescaled", "shared"]
 
@@ -29,6 +30,7 @@ def shared(values: NDArray[np.float64], group: Group) -> NDArray[np.float64]:
 def rescaled(group: Group, tensors: Mapping[str, Stored], scale: NDArray[np.floating]) -> dict[str, Stored]:
     """The group's weights with columns times `scale`, the producer and its bias over it, as float32.
 
+    A producer that is quantised already, with scales of its own in each row, stays so: its scales are divided.
     scale: (in,) positive, the same for inputs that come from one channel of the producer.
     """
     s = np.asarray(scale, np.float64)
@@ -41,11 +43,30 @@ def rescaled(group: Group, tensors: Mapping[str, Stored], scale: NDArray[np.floa
     by_channel[group.origin] = s
     if not np.array_equal(by_channel[group.origin], s):
         raise InvalidValueError(f"scales of {group} differ between inputs that come from one channel")
-    producer = np.asarray(tensors[group.producer].dense(), np.float64)
-    made = {group.producer: producer / (by_channel if producer.ndim == 1 else by_channel[:, None])}
+    made: dict[str, NDArray[np.float64]] = {}
+    source, kept = tensors[group.producer], dict[str, Stored]()
+    if isinstance(source, QuantizedTensor) and source.format.granularity.kind != "tensor":
+        kept[group.producer] = _divided(source, by_channel)
+    else:
+        producer = np.asarray(source.dense(), np.float64)
+        made[group.producer] = producer / (by_channel if producer.ndim == 1 else by_channel[:, None])
     bias = group.producer.removesuffix("weight") + "bias"
     if bias in tensors:
         made[bias] = np.asarray(tensors[bias].dense(), np.float64) / by_channel
     for name in group.names:
         made[name] = np.asarray(tensors[name].dense(), np.float64) * s
-    return {name: Dense(values.astype(np.float32)) for name, values in made.items()}
+    return {**kept, **{name: Dense(values.astype(np.float32)) for name, values in made.items()}}
+
+
+def _divided(source: QuantizedTensor, by: NDArray[np.float64]) -> QuantizedTensor:
+    """Rows over `by`, (out,): the codes stay, since a row's rounding does not depend on its size."""
+    number = source.format.scale
+    if not isinstance(number, NumberFormat) or (number.kind == "float" and number.mantissa_bits == 0):
+        raise UnsupportedError(f"scales in {number} cannot be divided; take a format with fp16 scales, such as "
+                               "int4/g32/fp16")
+
+    def over(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return round_to((values / by[:, None]).astype(np.float32), number)
+
+    return QuantizedTensor(source.codes, over(source.scales), source.format, zeros=source.zeros,
+                           minima=None if source.minima is None else over(source.minima))

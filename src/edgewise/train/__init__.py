@@ -10,7 +10,6 @@ from edgewise.core.front_door import front_door
 __all__, _opened = front_door(__name__, {
     "fake_quant": "EmaRange LearnedClip Lsq LsqPlus StaticAffine fake_quantize per_token round_ste scale_gradient snap "
                   "static_affine",
-    "small_llama": "SmallLlama small_llama",
 })
 
 

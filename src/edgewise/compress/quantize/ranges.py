@@ -91,11 +91,12 @@ def grid_of(values: Float32, fmt: QuantFormat, weight: Float32 | None = None, *,
     plain = Grid(scale[:, 0], None if offset is None else offset[:, 0])
     if not search or number == E8M0:  # powers of two leave nothing to fit
         return plain
-    if fmt.zero == "min":
-        return _with_minimum(values, fmt, number, weight, plain)
-    if fmt.zero == "int":
-        return _with_zero_point(values, fmt, number, weight, plain)
-    return _symmetric(values, fmt, number, weight, plain)
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite error is less than none, and loses
+        if fmt.zero == "min":
+            return _with_minimum(values, fmt, number, weight, plain)
+        if fmt.zero == "int":
+            return _with_zero_point(values, fmt, number, weight, plain)
+        return _symmetric(values, fmt, number, weight, plain)
 
 
 def codes_of(values: NDArray[np.floating], grid: Grid, fmt: QuantFormat) -> NDArray[np.generic]:
