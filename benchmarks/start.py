@@ -9,11 +9,15 @@ arrives. Runs come in pairs, in random order, and the median of the ratios withi
     warm        the model file, and what edgewise packed of it earlier, lie in the page cache
     cold        both have been dropped from the page cache before each run (posix_fadvise DONTNEED)
     first ever  cold, and edgewise's cache directory is empty: it hashes, packs and writes the weights
+
+Both engines are byte-compiled first, as they are when pip installs them: from a source tree, an interpreter that is told
+to write no bytecode would compile edgewise again in every run.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import ctypes
 import json
 import mmap
@@ -32,6 +36,7 @@ from files import model_file
 from llm import block_type
 from workers import HERE, commit, publish
 
+import edgewise
 from edgewise.core.report import Quantity, Report, Table
 from edgewise.formats.cache import cache_root, file_sha256
 from edgewise.measure.cores import usable_cores
@@ -138,6 +143,9 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS), help=f"of {', '.join(SETTINGS)}")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    compileall.compile_dir(Path(edgewise.__file__).parent, quiet=1)
+    subprocess.run([options.peer_python, "-c", "import compileall, pathlib, llama_cpp; compileall.compile_dir("
+                    "pathlib.Path(llama_cpp.__file__).parent, quiet=1)"], check=True)
     rows: list[tuple[Any, ...]] = []
     quantities: list[Quantity] = []
     files = [model_file(options.model, kind) for kind in options.files.split(",")]
@@ -156,6 +164,7 @@ def main() -> None:
                      "threads": options.threads, "context": 2048, "prompt": PROMPT, "pairs": options.pairs,
                      "files": {path.name: file_sha256(path) for path in files},
                      "peer's flash attention": "the better of on and off",
+                     "bytecode": "of both engines compiled beforehand, as pip does",
                      "settings": {"warm": "everything in the page cache",
                                   "cold": "model file and packed weights dropped by posix_fadvise DONTNEED",
                                   "first ever": "cold, and edgewise with an empty cache directory"},
