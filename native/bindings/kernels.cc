@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -32,8 +33,9 @@ BlockType block_type(const std::string& name) {
 
 // Formats of our own: element "int", "table", "float32", "float16", "bfloat16", "bfloat16 pairs" for
 // bfloat16 inputs, "float32 rows" to look rows up in; scales are half precision or float.
+// zero_points: minima are zero points, kept as bytes. sparse: two of four inputs are kept, and a group counts dropped ones too.
 PackedFormat make_format(const std::string& element, int bits, bool has_min, const std::string& scale, size_t group,
-                         const std::vector<int>& table) {
+                         const std::vector<int>& table, bool zero_points, bool sparse) {
   PackedFormat format;
   if (element == "float32" || element == "float32 rows") {
     format = packed_format_of(BlockType::F32);
@@ -54,7 +56,15 @@ PackedFormat make_format(const std::string& element, int bits, bool has_min, con
   else if (scale == "fp32") format.scale = ScaleType::Float32;
   else if (scale == "e8m0") format.scale = ScaleType::Exponent;
   else throw std::invalid_argument("unknown scale " + scale);
-  if (group == 16) {
+  format.zero_points = zero_points;
+  if (zero_points && !has_min) throw std::invalid_argument("a zero point stands for a minimum, which the format lacks");
+  if (sparse) {
+    if (group == 0 || group % 32 != 0 || (group > 64 && group % kSparseUnit != 0))
+      throw std::invalid_argument("a scale of a sparse weight covers 32, 64 or a multiple of 128 inputs; given " + std::to_string(group));
+    format.sparse = true;
+    format.sparse_group = static_cast<uint32_t>(group);
+    format.record_inputs = static_cast<uint32_t>(std::max(group, kSparseUnit));
+  } else if (group == 16) {
     format.sub_group = 16;
   } else {
     if (group == 0 || group % kBlock != 0)
@@ -138,9 +148,11 @@ void apply_rows(const std::string& name, Matrix<float> x, Vector<float> weight, 
 void bind_kernels(nb::module_& m) {
   nb::class_<PackedFormat>(m, "PackedFormat", "Layout of packed rows; see packed.h")
       .def(nb::new_([](const std::string& element, int bits, bool has_min, const std::string& scale, size_t group,
-                       const std::vector<int>& table) { return make_format(element, bits, has_min, scale, group, table); }),
+                       const std::vector<int>& table, bool zero_points, bool sparse) {
+             return make_format(element, bits, has_min, scale, group, table, zero_points, sparse);
+           }),
            nb::arg("element"), nb::arg("bits") = 0, nb::arg("has_min") = false, nb::arg("scale") = "fp16", nb::arg("group") = 32,
-           nb::arg("table") = std::vector<int>{})
+           nb::arg("table") = std::vector<int>{}, nb::arg("zero_points") = false, nb::arg("sparse") = false)
       .def_static("of_blocks", [](const std::string& type) { return packed_format_of(block_type(type)); }, nb::arg("type"))
       .def("nbytes", [](const PackedFormat& f, size_t rows, size_t cols) { return packed_nbytes(f, rows, cols); },
            nb::arg("rows"), nb::arg("cols"), "Bytes of a packed (rows, cols) matrix")
@@ -198,6 +210,24 @@ void bind_kernels(nb::module_& m) {
           nb::gil_scoped_release release;
           pack_codes(format, codes.data(), scales.data(), minima.data(), group, rows, cols, 0, (rows + kLanes - 1) / kLanes, out.data());
         }, nb::arg("format"), nb::arg("codes"), nb::arg("scales"), nb::arg("minima"), nb::arg("group"), nb::arg("out"));
+  m.def("pack_sparse", [](const PackedFormat& format, Matrix<uint8_t> codes, Matrix<uint8_t> places, Matrix<float> scales,
+                          Matrix<float> minima, size_t group, Output<uint8_t> out) {
+          const size_t rows = codes.shape(0), cols = 2 * codes.shape(1);
+          if (!format.sparse || group == 0 || cols % 4 != 0 || places.shape(0) != rows || places.shape(1) != codes.shape(1))
+            throw std::invalid_argument("pack_sparse: expected codes and places of one shape, rows of whole groups, a sparse format");
+          const size_t groups = (cols / 2 + group - 1) / group;
+          if (scales.shape(0) != rows || scales.shape(1) != groups || (format.has_min && (minima.shape(0) != rows || minima.shape(1) != groups)))
+            throw std::invalid_argument("pack_sparse: expected scales and minima of (" + std::to_string(rows) + ", " + std::to_string(groups) + ")");
+          if (2 * group % format.sparse_group != 0 && format.sparse_group < cols)
+            throw std::invalid_argument("pack_sparse: group does not hold whole groups of the format");
+          for (size_t i = 0; i < rows * cols / 2; i += 2)
+            if (places.data()[i] > 3 || places.data()[i + 1] > 3 || places.data()[i] == places.data()[i + 1])
+              throw std::invalid_argument("pack_sparse: a group of four keeps two different places of 0 to 3");
+          check_output(format, rows, cols, out);
+          nb::gil_scoped_release release;
+          pack_sparse(format, codes.data(), places.data(), scales.data(), minima.data(), group, rows, cols, 0,
+                      (rows + kLanes - 1) / kLanes, out.data());
+        }, nb::arg("format"), nb::arg("codes"), nb::arg("places"), nb::arg("scales"), nb::arg("minima"), nb::arg("group"), nb::arg("out"));
   m.def("pack_floats", [](const PackedFormat& format, Matrix<uint8_t> values, size_t cols, Output<uint8_t> out) {
           const size_t rows = values.shape(0), width = format.element == Element::Float32 || format.element == Element::Float32Rows ? 4 : 2;
           if (format.quantised() || values.shape(1) != cols * width) throw std::invalid_argument("pack_floats: bytes do not agree with the format");
@@ -221,6 +251,15 @@ void bind_kernels(nb::module_& m) {
 #undef EDGEWISE_MATMUL
           return names;
         }, "The lines of kernels.inc: bits, kind, nested, halves");
+  m.def("sparse_kernels", [] {
+          std::vector<std::string> names;
+#define EDGEWISE_MATMUL(bits, kind, nested, halves)
+#define EDGEWISE_SPARSE(bits, centre) names.emplace_back(#bits " " #centre);
+#include "kernels/matmul/kernels.inc"
+#undef EDGEWISE_SPARSE
+#undef EDGEWISE_MATMUL
+          return names;
+        }, "The sparse lines of kernels.inc: bits, what codes are centred on");
 }
 
 }  // namespace edgewise

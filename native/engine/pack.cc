@@ -57,7 +57,7 @@ void put_codes(const PackedFormat& format, const uint8_t* code, size_t lane, uin
     out += 128;
     place += 2;
   }
-  if (bits == 3 || bits == 5)
+  if (bits == 1 || bits == 3 || bits == 5)
     for (size_t i = 0; i < kBlock; ++i)
       out[lane * 4 + i % 4] |= static_cast<uint8_t>((code[i] >> place & 1) << (i / 4));
 }
@@ -76,7 +76,7 @@ uint8_t get_code(const PackedFormat& format, const uint8_t* p, size_t lane, size
     p += 128;
     place += 2;
   }
-  if (bits == 3 || bits == 5) code |= (p[lane * 4 + i % 4] >> (i / 4) & 1) << place;
+  if (bits == 1 || bits == 3 || bits == 5) code |= (p[lane * 4 + i % 4] >> (i / 4) & 1) << place;
   return static_cast<uint8_t>(code);
 }
 
@@ -91,6 +91,12 @@ void put_scale(const PackedFormat& format, float value, uint8_t* at, size_t lane
   }
 }
 
+// minima: of a zero point, the zero point itself.
+void put_minimum(const PackedFormat& format, float value, uint8_t* at, size_t lane) {
+  if (!format.zero_points) return put_scale(format, value, at, lane);
+  at[lane] = static_cast<uint8_t>(value);
+}
+
 float get_scale(const PackedFormat& format, const uint8_t* at, size_t lane) {
   if (format.scale == ScaleType::Float32) {
     float value;
@@ -101,6 +107,10 @@ float get_scale(const PackedFormat& format, const uint8_t* at, size_t lane) {
   uint16_t half;
   std::memcpy(&half, at + 2 * lane, 2);
   return half_to_float(half);
+}
+
+float get_minimum(const PackedFormat& format, const uint8_t* at, size_t lane, float scale) {
+  return format.zero_points ? -(static_cast<float>(at[lane]) * scale) : get_scale(format, at, lane);
 }
 
 uint16_t get_half(const uint8_t* p, size_t lane) {
@@ -175,7 +185,7 @@ void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* s
   const size_t per_record = format.record_inputs / kBlock, groups = (cols + group - 1) / group;
   const size_t header = format.header_nbytes(), block_nbytes = format.block_nbytes();
   const size_t scale_nbytes = kLanes * format.scale_nbytes();
-  const size_t scales_per_record = format.sub_group == 16 ? format.record_inputs / 16 : 1;
+  const size_t scales_per_record = format.scales(), minimum_nbytes = kLanes * format.minimum_nbytes();
   const size_t inputs_per_scale = format.sub_group == 16 ? 16 : format.record_inputs;
   const uint8_t zero = zero_code(format);
   for (size_t panel = begin; panel < end; ++panel) {
@@ -191,7 +201,8 @@ void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* s
           if (input >= cols) continue;
           const size_t g = row * groups + input / group;
           put_scale(format, scales[g], head + s * scale_nbytes, lane);
-          if (format.has_min) put_scale(format, minima[g], head + (scales_per_record + s) * scale_nbytes, lane);
+          if (format.has_min)
+            put_minimum(format, minima[g], head + scales_per_record * scale_nbytes + s * minimum_nbytes, lane);
         }
         for (size_t b = 0; b < per_record && first + b < blocks; ++b) {
           uint8_t code[kBlock];
@@ -201,6 +212,96 @@ void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* s
           }
           put_codes(format, code, lane, head + header + b * block_nbytes);
         }
+      }
+    }
+  }
+}
+
+namespace {
+
+// Where the codes, places and steps of one unit of 128 sparse inputs of a row lie: pair i of 16 inputs, group j in it.
+struct SparseUnit {
+  const PackedFormat& format;
+  uint8_t* at;
+  size_t lane;
+  uint8_t* code_block(size_t pair) const { return at + 3 * 64 + pair / 4 * format.block_nbytes(); }
+  // The input, within a block of eight loads, that a kept code of a pair stands for: loads 2i and 2i + 1.
+  static size_t slot(size_t pair, size_t j, bool second) { return (pair % 4 * 2 + (second ? 1 : 0)) * 4 + j; }
+  void put_places(size_t pair, size_t j, unsigned place, unsigned step) const {
+    at[pair / 4 * 64 + lane * 4 + j] |= static_cast<uint8_t>(place << (pair % 4 * 2));
+    at[2 * 64 + lane * 4 + j] |= static_cast<uint8_t>(step << pair);
+  }
+  unsigned place(size_t pair, size_t j) const { return at[pair / 4 * 64 + lane * 4 + j] >> (pair % 4 * 2) & 3; }
+  unsigned second_place(size_t pair, size_t j) const { return (place(pair, j) + 1 + (at[2 * 64 + lane * 4 + j] >> pair & 1)) & 3; }
+};
+
+// Byte offset of a unit in a panel, and of the scales of the record it is in.
+size_t unit_offset(const PackedFormat& format, size_t unit) {
+  const size_t per_record = format.record_inputs / kSparseUnit;
+  return (unit / per_record + 1) * format.header_nbytes() + unit * format.unit_nbytes();
+}
+size_t record_offset(const PackedFormat& format, size_t unit) {
+  const size_t per_record = format.record_inputs / kSparseUnit, record = unit / per_record;
+  return record * (format.header_nbytes() + per_record * format.unit_nbytes());
+}
+
+void unpack_sparse_row(const PackedMatrix& w, size_t row, float* out) {
+  const PackedFormat& format = w.format;
+  uint8_t* base = const_cast<uint8_t*>(w.panel(row / kLanes));
+  const size_t lane = row % kLanes, scale_nbytes = kLanes * format.scale_nbytes();
+  const float offset = format.has_min ? 0.0f : static_cast<float>(1 << (format.bits - 1));
+  std::memset(out, 0, w.cols * sizeof(float));
+  for (size_t k = 0; k < w.cols; k += 4) {
+    const size_t unit = k / kSparseUnit, pair = k % kSparseUnit / 16, j = k % 16 / 4;
+    const SparseUnit at{format, base + unit_offset(format, unit), lane};
+    const uint8_t* head = base + record_offset(format, unit);
+    const size_t s = k % format.record_inputs / format.sparse_group;
+    const float scale = get_scale(format, head + s * scale_nbytes, lane);
+    const float min = format.has_min ? get_minimum(format, head + format.scales() * scale_nbytes + s * kLanes * format.minimum_nbytes(), lane, scale) : 0.0f;
+    for (bool second : {false, true}) {
+      const size_t input = k + (second ? at.second_place(pair, j) : at.place(pair, j));
+      if (input < w.cols)
+        out[input] = scale * (static_cast<float>(get_code(format, at.code_block(pair), lane, SparseUnit::slot(pair, j, second))) - offset) + min;
+    }
+  }
+}
+
+}  // namespace
+
+void pack_sparse(const PackedFormat& format, const uint8_t* codes, const uint8_t* places, const float* scales, const float* minima,
+                 size_t group, size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out) {
+  const size_t panel_nbytes = format.panel_nbytes(cols), kept = cols / 2, groups = (kept + group - 1) / group;
+  const size_t scale_nbytes = kLanes * format.scale_nbytes(), minimum_nbytes = kLanes * format.minimum_nbytes();
+  for (size_t panel = begin; panel < end; ++panel) {
+    uint8_t* base = out + panel * panel_nbytes;
+    std::memset(base, 0, panel_nbytes);
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      const size_t row = panel * kLanes + lane;
+      if (row >= rows) continue;
+      for (size_t unit = 0; unit * kSparseUnit < cols; ++unit) {
+        const SparseUnit at{format, base + unit_offset(format, unit), lane};
+        uint8_t* head = base + record_offset(format, unit);
+        if (unit * kSparseUnit % format.record_inputs == 0)
+          for (size_t s = 0; s < format.scales(); ++s) {
+            const size_t input = unit * kSparseUnit + s * format.sparse_group;
+            if (input >= cols) break;
+            const size_t g = row * groups + input / 2 / group;
+            put_scale(format, scales[g], head + s * scale_nbytes, lane);
+            if (format.has_min) put_minimum(format, minima[g], head + format.scales() * scale_nbytes + s * minimum_nbytes, lane);
+          }
+        uint8_t slots[2][kBlock];
+        std::memset(slots, format.has_min ? 0 : 1 << (format.bits - 1), sizeof slots);
+        for (size_t i = 0; i < kSparseUnit / 4; ++i) {
+          const size_t pair = i / 4, j = i % 4, from = row * kept + (unit * kSparseUnit + 4 * i) / 2;
+          if (unit * kSparseUnit + 4 * i >= cols) break;
+          // Of the two orders, the one whose second place is one or two after the first.
+          const bool turned = ((places[from + 1] - places[from]) & 3) == 3;
+          const size_t first = from + (turned ? 1 : 0), second = from + (turned ? 0 : 1);
+          at.put_places(pair, j, places[first], ((places[second] - places[first]) & 3) - 1u);
+          slots[pair / 4][SparseUnit::slot(pair, j, false)] = codes[first];
+          slots[pair / 4][SparseUnit::slot(pair, j, true)] = codes[second];
+        }
+        for (size_t half : {size_t{0}, size_t{1}}) put_codes(format, slots[half], lane, at.code_block(4 * half));
       }
     }
   }
@@ -254,9 +355,10 @@ void unpack_row(const PackedMatrix& w, size_t row, float* out) {
     }
     return;
   }
+  if (format.sparse) return unpack_sparse_row(w, row, out);
   const size_t per_record = format.record_inputs / kBlock, subs = kBlock / format.sub_group;
   const size_t header = format.header_nbytes(), scale_nbytes = kLanes * format.scale_nbytes();
-  const size_t scales_per_record = format.sub_group == 16 ? format.record_inputs / 16 : 1;
+  const size_t scales_per_record = format.scales();
   const float offset = format.has_min ? 0.0f : static_cast<float>(1 << (format.bits - 1));
   for (size_t k = 0; k < w.cols; ++k) {
     const size_t block = k / kBlock, in_record = block % per_record;
@@ -271,8 +373,9 @@ void unpack_row(const PackedMatrix& w, size_t row, float* out) {
       out[k] = scale * value - min;
     } else {
       const size_t s = format.sub_group == 16 ? in_record * 2 + k % kBlock / 16 : 0;
-      const float min = format.has_min ? get_scale(format, head + (scales_per_record + s) * scale_nbytes, lane) : 0.0f;
-      out[k] = get_scale(format, head + s * scale_nbytes, lane) * value + min;
+      const float scale = get_scale(format, head + s * scale_nbytes, lane);
+      const uint8_t* minima = head + scales_per_record * scale_nbytes + s * kLanes * format.minimum_nbytes();
+      out[k] = scale * value + (format.has_min ? get_minimum(format, minima, lane, scale) : 0.0f);
     }
   }
 }

@@ -4,14 +4,18 @@
 
 namespace edgewise {
 
+size_t PackedFormat::scales() const {
+  if (sparse) return record_inputs / sparse_group;
+  return sub_group == 16 ? record_inputs / 16 : 1;
+}
+
 size_t PackedFormat::header_nbytes() const {
   const size_t per_block = kBlock / sub_group;
   if (scale == ScaleType::Nested) {
     const size_t subs = record_inputs / kBlock * per_block * kLanes;
     return (has_min ? 2 : 1) * (2 * kLanes + subs);
   }
-  const size_t scales = (sub_group == 16 ? record_inputs / 16 : 1) * kLanes;
-  return scales * scale_nbytes() * (has_min ? 2 : 1);
+  return scales() * kLanes * (scale_nbytes() + minimum_nbytes());
 }
 
 size_t PackedFormat::record_nbytes(size_t blocks) const { return header_nbytes() + blocks * block_nbytes(); }
@@ -19,6 +23,10 @@ size_t PackedFormat::record_nbytes(size_t blocks) const { return header_nbytes()
 size_t PackedFormat::panel_nbytes(size_t cols) const {
   if (element == Element::BFloat16Pairs) return (cols + 1) / 2 * kLanes * 4;
   if (!quantised()) return kLanes * cols * (element == Element::Float32 || element == Element::Float32Rows ? 4 : 2);
+  if (sparse) {
+    const size_t units = (cols + kSparseUnit - 1) / kSparseUnit, per_record = record_inputs / kSparseUnit;
+    return (units + per_record - 1) / per_record * header_nbytes() + units * unit_nbytes();
+  }
   const size_t blocks = (cols + kBlock - 1) / kBlock, per_record = record_inputs / kBlock;
   return (blocks + per_record - 1) / per_record * header_nbytes() + blocks * block_nbytes();
 }

@@ -110,6 +110,29 @@ static inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_
 static inline Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 static inline Ints set1_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 static inline Ints shift_left(Ints x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+static inline Ints load_ints(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+static inline Ints mul(Ints x, Ints y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+static inline Ints clamp(Ints x, int32_t low, int32_t high) {
+  const __m256i l = _mm256_set1_epi32(low), h = _mm256_set1_epi32(high);
+  return {_mm256_min_epi32(_mm256_max_epi32(x.a, l), h), _mm256_min_epi32(_mm256_max_epi32(x.b, l), h)};
+}
+// (x * multiplier + 2^(shift - 1)) / 2^shift, rounded down, by 64 bits; shift 1..62. What comes out fits 32 bits.
+static inline __m256i rescale8(__m256i x, __m256i multiplier, int shift) {
+  // An arithmetic shift of 64 bits: a logical one of what 2^63 was added to.
+  const __m256i sign = _mm256_set1_epi64x(INT64_MIN), start = _mm256_set1_epi64x(int64_t{1} << (shift - 1));
+  const __m256i back = _mm256_srli_epi64(sign, shift);
+  auto part = [&](__m256i a, __m256i b) {
+    const __m256i v = _mm256_xor_si256(_mm256_add_epi64(_mm256_mul_epi32(a, b), start), sign);
+    return _mm256_sub_epi64(_mm256_srli_epi64(v, shift), back);
+  };
+  const __m256i even = part(x, multiplier), odd = part(_mm256_srli_epi64(x, 32), _mm256_srli_epi64(multiplier, 32));
+  return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+static inline Ints rescale(Ints x, Ints multiplier, int shift) {
+  return {rescale8(x.a, multiplier.a, shift), rescale8(x.b, multiplier.b, shift)};
+}
 
 static inline Codes load_codes(const uint8_t* p) { return {bytes32(p), bytes32(p + 32)}; }
 static inline Codes set1_codes(uint8_t x) {
@@ -118,6 +141,7 @@ static inline Codes set1_codes(uint8_t x) {
 }
 static inline Codes both(Codes x, Codes y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 static inline Codes either(Codes x, Codes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+static inline Codes sub(Codes x, Codes y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
 // Shifts of 16-bit words: mask afterwards (right) or before (left).
 static inline Codes shift_right(Codes x, int n) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
 static inline Codes shift_left(Codes x, int n) { return {_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)}; }
@@ -158,6 +182,35 @@ static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) {
   return {dot4_signed(sum.a, codes.a, four), dot4_signed(sum.b, codes.b, four)};
 }
 static inline Ints start_full(int32_t) { return zero_ints(); }
+
+// Inputs that each lane selects for itself, codes signed: `selectable` holds sixteen inputs (-127..127) for look_up, start_selected
+// of all weights that follow gives the sum to begin with.
+static inline Codes selectable(const int8_t* x) { return table(reinterpret_cast<const uint8_t*>(x)); }
+static inline Ints start_selected(const Codes*, int) { return zero_ints(); }
+// Magnitude times sign-adjusted input, as in dot4_signed.
+static inline __m256i dot4_selected8(__m256i sum, __m256i weights, __m256i x) {
+  return _mm256_add_epi32(sum, pairs_to_lanes(_mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights))));
+}
+static inline Ints dot4_selected(Ints sum, Codes weights, Codes x) {
+  return {dot4_selected8(sum.a, weights.a, x.a), dot4_selected8(sum.b, weights.b, x.b)};
+}
+// sum + weights . x over four inputs, weights signed bytes and x unsigned: start_unsigned of each lane's sum of weights gives the
+// sum to begin with. The narrow one is for weights of at most 63.
+static inline Ints start_unsigned(Ints) { return zero_ints(); }
+static inline __m256i dot4_unsigned8(__m256i sum, __m256i weights, __m256i even, __m256i odd) {
+  const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(weights, 8), 8), high = _mm256_srai_epi16(weights, 8);
+  return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd)));
+}
+static inline Ints dot4_unsigned(Ints sum, Codes weights, const uint8_t* x) {
+  const __m256i four = spread4(reinterpret_cast<const int8_t*>(x));
+  const __m256i even = _mm256_and_si256(four, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(four, 8);
+  return {dot4_unsigned8(sum.a, weights.a, even, odd), dot4_unsigned8(sum.b, weights.b, even, odd)};
+}
+static inline Ints dot4_unsigned_narrow(Ints sum, Codes weights, const uint8_t* x) {
+  const __m256i four = spread4(reinterpret_cast<const int8_t*>(x));  // two products of 255 * 63 fit 16 bits
+  return {_mm256_add_epi32(sum.a, pairs_to_lanes(_mm256_maddubs_epi16(four, weights.a))),
+          _mm256_add_epi32(sum.b, pairs_to_lanes(_mm256_maddubs_epi16(four, weights.b)))};
+}
 
 // sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once.
 static inline __m256 dot2_8(__m256 sum, __m256i pairs, __m256i two) {

@@ -87,11 +87,27 @@ static inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
 static inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline Ints set1_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
 static inline Ints shift_left(Ints a, int n) { return {_mm512_slli_epi32(a.v, static_cast<unsigned>(n))}; }
+static inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline Ints mul(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+static inline Ints clamp(Ints a, int32_t low, int32_t high) {
+  return {_mm512_min_epi32(_mm512_max_epi32(a.v, _mm512_set1_epi32(low)), _mm512_set1_epi32(high))};
+}
+// (x * multiplier + 2^(shift - 1)) / 2^shift, rounded down, by 64 bits; shift 1..62. What comes out fits 32 bits.
+static inline Ints rescale(Ints a, Ints multiplier, int shift) {
+  const __m512i half = _mm512_set1_epi64(int64_t{1} << (shift - 1));
+  auto part = [&](__m512i x, __m512i y) {
+    return _mm512_srai_epi64(_mm512_add_epi64(_mm512_mul_epi32(x, y), half), static_cast<unsigned>(shift));
+  };
+  const __m512i even = part(a.v, multiplier.v);
+  const __m512i odd = part(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(multiplier.v, 32));
+  return {_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32))};
+}
 
 static inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 static inline Codes set1_codes(uint8_t x) { return {_mm512_set1_epi8(static_cast<char>(x))}; }
 static inline Codes both(Codes a, Codes b) { return {_mm512_and_si512(a.v, b.v)}; }
 static inline Codes either(Codes a, Codes b) { return {_mm512_or_si512(a.v, b.v)}; }
+static inline Codes sub(Codes a, Codes b) { return {_mm512_sub_epi8(a.v, b.v)}; }
 // Shifts of 16-bit words: mask afterwards (right) or before (left).
 static inline Codes shift_right(Codes a, int n) { return {_mm512_srli_epi16(a.v, static_cast<unsigned>(n))}; }
 static inline Codes shift_left(Codes a, int n) { return {_mm512_slli_epi16(a.v, static_cast<unsigned>(n))}; }
@@ -115,6 +131,25 @@ static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) { return {_mm512
 // sum + (codes - 128) . x over four inputs: start_full gives the sum to begin with.
 static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) { return dot4(sum, codes, x); }
 static inline Ints start_full(int32_t negated_sum_of_x) { return shift_left(set1_ints(negated_sum_of_x), 7); }
+
+// Inputs that each lane selects for itself, codes signed: `selectable` holds sixteen inputs (-127..127) for look_up, start_selected
+// of all weights that follow gives the sum to begin with.
+static inline Codes selectable(const int8_t* x) {
+  return {_mm512_xor_si512(table(reinterpret_cast<const uint8_t*>(x)).v, _mm512_set1_epi8(static_cast<char>(0x80)))};
+}
+static inline Ints start_selected(const Codes* weights, int n) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int i = 0; i < n; ++i) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(static_cast<char>(0x80)), weights[i].v);
+  return {_mm512_sub_epi32(_mm512_setzero_si512(), sum)};
+}
+static inline Ints dot4_selected(Ints sum, Codes weights, Codes x) { return {_mm512_dpbusd_epi32(sum.v, x.v, weights.v)}; }
+// sum + weights . x over four inputs, weights signed bytes and x unsigned: start_unsigned of each lane's sum of weights gives the
+// sum to begin with. The narrow one is for weights of at most 63.
+static inline Ints start_unsigned(Ints) { return zero_ints(); }
+static inline Ints dot4_unsigned(Ints sum, Codes weights, const uint8_t* x) {
+  return {_mm512_dpbusd_epi32(sum.v, spread4(reinterpret_cast<const int8_t*>(x)), weights.v)};
+}
+static inline Ints dot4_unsigned_narrow(Ints sum, Codes weights, const uint8_t* x) { return dot4_unsigned(sum, weights, x); }
 
 // sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once: what VDPBF16PS does. It takes subnormal
 // numbers for zero, but no sum of products of numbers that are multiples of 2^-63 is one.

@@ -119,11 +119,26 @@ static inline Ints add(Ints x, Ints y) { return each<Ints>([&](int i) { return v
 static inline Ints shift_left(Ints x, int n) {
   return each<Ints>([&](int i) { return vshlq_s32(x.v[i], vdupq_n_s32(n)); });
 }
+static inline Ints load_ints(const int32_t* p) { return each<Ints>([=](int i) { return vld1q_s32(p + 4 * i); }); }
+static inline Ints mul(Ints x, Ints y) { return each<Ints>([&](int i) { return vmulq_s32(x.v[i], y.v[i]); }); }
+static inline Ints clamp(Ints x, int32_t low, int32_t high) {
+  return each<Ints>([&](int i) { return vminq_s32(vmaxq_s32(x.v[i], vdupq_n_s32(low)), vdupq_n_s32(high)); });
+}
+// (x * multiplier + 2^(shift - 1)) / 2^shift, rounded down, by 64 bits; shift 1..62. What comes out fits 32 bits.
+static inline Ints rescale(Ints x, Ints multiplier, int shift) {
+  const int64x2_t by = vdupq_n_s64(-shift);  // vrshl rounds as it shifts
+  return each<Ints>([&](int i) {
+    const int64x2_t low = vmull_s32(vget_low_s32(x.v[i]), vget_low_s32(multiplier.v[i]));
+    const int64x2_t high = vmull_high_s32(x.v[i], multiplier.v[i]);
+    return vcombine_s32(vmovn_s64(vrshlq_s64(low, by)), vmovn_s64(vrshlq_s64(high, by)));
+  });
+}
 
 static inline Codes load_codes(const uint8_t* p) { return each<Codes>([=](int i) { return vld1q_u8(p + 16 * i); }); }
 static inline Codes set1_codes(uint8_t x) { return each<Codes>([=](int) { return vdupq_n_u8(x); }); }
 static inline Codes both(Codes x, Codes y) { return each<Codes>([&](int i) { return vandq_u8(x.v[i], y.v[i]); }); }
 static inline Codes either(Codes x, Codes y) { return each<Codes>([&](int i) { return vorrq_u8(x.v[i], y.v[i]); }); }
+static inline Codes sub(Codes x, Codes y) { return each<Codes>([&](int i) { return vsubq_u8(x.v[i], y.v[i]); }); }
 static inline Codes shift_right(Codes x, int n) {
   return each<Codes>([&](int i) { return vshlq_u8(x.v[i], vdupq_n_s8(static_cast<int8_t>(-n))); });
 }
@@ -178,6 +193,47 @@ static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) {
 }
 static inline Ints start_full(int32_t) { return zero_ints(); }
 #endif
+
+// Inputs that each lane selects for itself, codes signed: `selectable` holds sixteen inputs (-127..127) for look_up, start_selected
+// of all weights that follow gives the sum to begin with.
+static inline Codes selectable(const int8_t* x) { return table(reinterpret_cast<const uint8_t*>(x)); }
+static inline Ints start_selected(const Codes*, int) { return zero_ints(); }
+static inline Ints dot4_selected(Ints sum, Codes weights, Codes x) {
+  return each<Ints>([&](int i) {
+    return dot_signed(sum.v[i], vreinterpretq_s8_u8(weights.v[i]), vreinterpretq_s8_u8(x.v[i]));
+  });
+}
+// sum + weights . x over four inputs, weights signed bytes and x unsigned: start_unsigned of each lane's sum of weights gives the
+// sum to begin with. The narrow one is for weights of at most 63.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+static inline Ints start_unsigned(Ints) { return zero_ints(); }
+static inline Ints dot4_unsigned(Ints sum, Codes weights, const uint8_t* x) {
+  const uint8x16_t four = vreinterpretq_u8_s8(spread4(reinterpret_cast<const int8_t*>(x)));
+  return each<Ints>([&](int i) { return vusdotq_s32(sum.v[i], four, vreinterpretq_s8_u8(weights.v[i])); });
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+static inline Ints start_unsigned(Ints sum_of_weights) { return shift_left(sum_of_weights, 7); }
+static inline Ints dot4_unsigned(Ints sum, Codes weights, const uint8_t* x) {
+  const int8x16_t four = veorq_s8(spread4(reinterpret_cast<const int8_t*>(x)), vdupq_n_s8(-128));
+  return each<Ints>([&](int i) { return vdotq_s32(sum.v[i], vreinterpretq_s8_u8(weights.v[i]), four); });
+}
+#else
+static inline Ints start_unsigned(Ints) { return zero_ints(); }
+// Pairs of products of up to 255 * 128 need more than 16 bits.
+static inline Ints dot4_unsigned(Ints sum, Codes weights, const uint8_t* x) {
+  const uint8x16_t four = vreinterpretq_u8_s8(spread4(reinterpret_cast<const int8_t*>(x)));
+  const int16x8_t wide = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(four)));
+  return each<Ints>([&](int i) {
+    const int8x16_t w = vreinterpretq_s8_u8(weights.v[i]);
+    const int16x8_t low = vmovl_s8(vget_low_s8(w)), high = vmovl_high_s8(w);
+    auto products = [&](int16x8_t v) {  // of two lanes
+      return vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(wide)), vmull_high_s16(v, wide));
+    };
+    return vaddq_s32(sum.v[i], vpaddq_s32(products(low), products(high)));
+  });
+}
+#endif
+static inline Ints dot4_unsigned_narrow(Ints sum, Codes weights, const uint8_t* x) { return dot4_unsigned(sum, weights, x); }
 
 // sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once. Not BFDOT, which rounds otherwise.
 static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {

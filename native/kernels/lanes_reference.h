@@ -101,11 +101,23 @@ static inline Ints zero_ints() { return each_int([](int) { return 0; }); }
 static inline Ints add(Ints a, Ints b) { return each_int([&](int i) { return a.v[i] + b.v[i]; }); }
 static inline Ints set1_ints(int32_t x) { return each_int([=](int) { return x; }); }
 static inline Ints shift_left(Ints a, int n) { return each_int([&](int i) { return a.v[i] * (1 << n); }); }
+static inline Ints load_ints(const int32_t* p) { return each_int([=](int i) { return p[i]; }); }
+static inline Ints mul(Ints a, Ints b) { return each_int([&](int i) { return a.v[i] * b.v[i]; }); }
+static inline Ints clamp(Ints a, int32_t low, int32_t high) {
+  return each_int([=](int i) { return a.v[i] < low ? low : a.v[i] > high ? high : a.v[i]; });
+}
+// (x * multiplier + 2^(shift - 1)) / 2^shift, rounded down, by 64 bits; shift 1..62. What comes out fits 32 bits.
+static inline Ints rescale(Ints a, Ints multiplier, int shift) {
+  return each_int([&](int i) {
+    return static_cast<int32_t>((static_cast<int64_t>(a.v[i]) * multiplier.v[i] + (int64_t{1} << (shift - 1))) >> shift);
+  });
+}
 
 static inline Codes load_codes(const uint8_t* p) { return each_code([=](int i) { return p[i]; }); }
 static inline Codes set1_codes(uint8_t x) { return each_code([=](int) { return x; }); }
 static inline Codes both(Codes a, Codes b) { return each_code([&](int i) { return a.v[i] & b.v[i]; }); }
 static inline Codes either(Codes a, Codes b) { return each_code([&](int i) { return a.v[i] | b.v[i]; }); }
+static inline Codes sub(Codes a, Codes b) { return each_code([&](int i) { return a.v[i] - b.v[i]; }); }
 // Shifts as if of single bytes: callers mask afterwards (right) or before (left), so wider words agree.
 static inline Codes shift_right(Codes a, int n) { return each_code([&](int i) { return a.v[i] >> n; }); }
 static inline Codes shift_left(Codes a, int n) { return each_code([&](int i) { return a.v[i] << n; }); }
@@ -126,6 +138,29 @@ static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) {
 // sum + (codes - 128) . x, with the sum that start_full begins with.
 static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) { return dot4(sum, codes, x); }
 static inline Ints start_full(int32_t negated_sum_of_x) { return set1_ints(128 * negated_sum_of_x); }
+
+// Inputs that each lane selects for itself, codes signed: `selectable` holds sixteen inputs (-127..127) for look_up, start_selected
+// of all weights that follow gives the sum to begin with.
+static inline Codes selectable(const int8_t* x) { return table(reinterpret_cast<const uint8_t*>(x)); }
+static inline Ints start_selected(const Codes*, int) { return zero_ints(); }
+static inline Ints dot4_selected(Ints sum, Codes weights, Codes x) {
+  return each_int([&](int i) {
+    int32_t dot = sum.v[i];
+    for (int j = 4 * i; j < 4 * i + 4; ++j) dot += static_cast<int8_t>(weights.v[j]) * static_cast<int8_t>(x.v[j]);
+    return dot;
+  });
+}
+// sum + weights . x over four inputs, weights signed bytes and x unsigned: start_unsigned of each lane's sum of weights gives the
+// sum to begin with. The narrow one is for weights of at most 63.
+static inline Ints start_unsigned(Ints) { return zero_ints(); }
+static inline Ints dot4_unsigned(Ints sum, Codes weights, const uint8_t* x) {
+  return each_int([&](int i) {
+    int32_t dot = sum.v[i];
+    for (int j = 0; j < 4; ++j) dot += static_cast<int8_t>(weights.v[4 * i + j]) * x[j];
+    return dot;
+  });
+}
+static inline Ints dot4_unsigned_narrow(Ints sum, Codes weights, const uint8_t* x) { return dot4_unsigned(sum, weights, x); }
 
 // sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once.
 static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {

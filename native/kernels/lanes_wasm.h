@@ -172,11 +172,27 @@ static inline Ints add(Ints x, Ints y) { return each<Ints>([&](int i) { return w
 static inline Ints shift_left(Ints x, int n) {
   return each<Ints>([&](int i) { return wasm_i32x4_shl(x.v[i], static_cast<uint32_t>(n)); });
 }
+static inline Ints load_ints(const int32_t* p) { return each<Ints>([=](int i) { return wasm_v128_load(p + 4 * i); }); }
+static inline Ints mul(Ints x, Ints y) { return each<Ints>([&](int i) { return wasm_i32x4_mul(x.v[i], y.v[i]); }); }
+static inline Ints clamp(Ints x, int32_t low, int32_t high) {
+  return each<Ints>([&](int i) { return wasm_i32x4_min(wasm_i32x4_max(x.v[i], wasm_i32x4_splat(low)), wasm_i32x4_splat(high)); });
+}
+// (x * multiplier + 2^(shift - 1)) / 2^shift, rounded down, by 64 bits; shift 1..62. What comes out fits 32 bits.
+static inline Ints rescale(Ints x, Ints multiplier, int shift) {
+  const v128_t start = wasm_i64x2_splat(int64_t{1} << (shift - 1));
+  auto part = [&](v128_t product) { return wasm_i64x2_shr(wasm_i64x2_add(product, start), static_cast<uint32_t>(shift)); };
+  return each<Ints>([&](int i) {
+    const v128_t low = part(wasm_i64x2_extmul_low_i32x4(x.v[i], multiplier.v[i]));
+    const v128_t high = part(wasm_i64x2_extmul_high_i32x4(x.v[i], multiplier.v[i]));
+    return wasm_i32x4_shuffle(low, high, 0, 2, 4, 6);
+  });
+}
 
 static inline Codes load_codes(const uint8_t* p) { return each<Codes>([=](int i) { return wasm_v128_load(p + 16 * i); }); }
 static inline Codes set1_codes(uint8_t x) { return each<Codes>([=](int) { return wasm_u8x16_splat(x); }); }
 static inline Codes both(Codes x, Codes y) { return each<Codes>([&](int i) { return wasm_v128_and(x.v[i], y.v[i]); }); }
 static inline Codes either(Codes x, Codes y) { return each<Codes>([&](int i) { return wasm_v128_or(x.v[i], y.v[i]); }); }
+static inline Codes sub(Codes x, Codes y) { return each<Codes>([&](int i) { return wasm_i8x16_sub(x.v[i], y.v[i]); }); }
 // Shifts of 16-bit words: mask afterwards (right) or before (left).
 static inline Codes shift_right(Codes x, int n) {
   return each<Codes>([&](int i) { return wasm_u16x8_shr(x.v[i], static_cast<uint32_t>(n)); });
@@ -209,6 +225,33 @@ static inline Ints dot4(Ints sum, Codes codes, const int8_t* x) {
 // sum + (codes - 128) . x over four inputs: start_full gives the sum to begin with.
 static inline Ints dot4_full(Ints sum, Codes codes, const int8_t* x) { return dot4(sum, codes, x); }
 static inline Ints start_full(int32_t negated_sum_of_x) { return set1_ints(128 * negated_sum_of_x); }
+
+// Inputs that each lane selects for itself, codes signed: `selectable` holds sixteen inputs (-127..127) for look_up, start_selected
+// of all weights that follow gives the sum to begin with.
+static inline Codes selectable(const int8_t* x) { return table(reinterpret_cast<const uint8_t*>(x)); }
+static inline Ints start_selected(const Codes*, int) { return zero_ints(); }
+static inline v128_t even_bytes(v128_t x) { return wasm_i16x8_shr(wasm_i16x8_shl(x, 8), 8); }
+static inline v128_t odd_bytes(v128_t x) { return wasm_i16x8_shr(x, 8); }
+static inline Ints dot4_selected(Ints sum, Codes weights, Codes x) {
+  return each<Ints>([&](int i) {
+    const v128_t w = weights.v[i], v = x.v[i];
+    const v128_t dot = wasm_i32x4_add(wasm_i32x4_dot_i16x8(even_bytes(w), even_bytes(v)), wasm_i32x4_dot_i16x8(odd_bytes(w), odd_bytes(v)));
+    return wasm_i32x4_add(sum.v[i], dot);
+  });
+}
+// sum + weights . x over four inputs, weights signed bytes and x unsigned: start_unsigned of each lane's sum of weights gives the
+// sum to begin with. The narrow one is for weights of at most 63.
+static inline Ints start_unsigned(Ints) { return zero_ints(); }
+static inline Ints dot4_unsigned(Ints sum, Codes weights, const uint8_t* x) {
+  const v128_t four = wasm_v128_load32_splat(x);
+  const v128_t even = wasm_v128_and(four, wasm_i16x8_splat(255)), odd = wasm_u16x8_shr(four, 8);
+  return each<Ints>([&](int i) {
+    const v128_t w = weights.v[i];
+    const v128_t dot = wasm_i32x4_add(wasm_i32x4_dot_i16x8(even_bytes(w), even), wasm_i32x4_dot_i16x8(odd_bytes(w), odd));
+    return wasm_i32x4_add(sum.v[i], dot);
+  });
+}
+static inline Ints dot4_unsigned_narrow(Ints sum, Codes weights, const uint8_t* x) { return dot4_unsigned(sum, weights, x); }
 
 // sum + odd bfloat16 x x[1], then + even bfloat16 x x[0], each rounded once.
 static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {

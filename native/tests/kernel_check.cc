@@ -371,6 +371,7 @@ void check_lanes(Tier tier, const LaneFunctions& found) {
     }
   }
   Case look_up(tier, "look_up, byte_of"), shifts(tier, "shifts of codes"), dot(tier, "dot4"), full(tier, "dot4_full");
+  Case selected(tier, "dot4_selected"), plain(tier, "dot4_unsigned"), narrow_plain(tier, "dot4_unsigned_narrow"), scaled(tier, "rescale");
   for (int round = 0; round < 500; ++round) {
     const std::vector<uint8_t> codes = filled<uint8_t>(512, [&] { return random.byte(); });
     const std::vector<uint8_t> values = filled<uint8_t>(16, [&] { return random.byte(); });
@@ -403,6 +404,37 @@ void check_lanes(Tier tier, const LaneFunctions& found) {
     found.dot4_full(-sum, wide.data(), x.data(), count, out);
     reference.dot4_full(-sum, wide.data(), x.data(), count, expected);
     full.floats(out, expected, 16, "sums");
+
+    const int registers = 1 + round % 4;
+    std::vector<uint8_t> index = codes;
+    for (uint8_t& v : index) v &= 15;
+    found.dot4_selected(wide.data(), index.data(), x.data(), registers, out);
+    reference.dot4_selected(wide.data(), index.data(), x.data(), registers, expected);
+    selected.floats(out, expected, 16, "sums");
+    std::vector<uint8_t> bytes = filled<uint8_t>(32, [&] { return random.byte(); });
+    if (round % 4 == 0)
+      for (uint8_t& v : bytes) v = random.below(2) ? 255 : 0;
+    for (bool small : {false, true}) {
+      std::vector<uint8_t> weights = wide;
+      if (small)
+        for (uint8_t& v : weights) v = static_cast<uint8_t>((v & 127) - 64 + (v & 127 ? 0 : 1));
+      std::vector<int32_t> sums(16, 0);
+      for (size_t i = 0; i < 64 * static_cast<size_t>(count); ++i) sums[i % 64 / 4] += static_cast<int8_t>(weights[i]);
+      found.dot4_unsigned(sums.data(), weights.data(), bytes.data(), count, small, out);
+      reference.dot4_unsigned(sums.data(), weights.data(), bytes.data(), count, small, expected);
+      (small ? narrow_plain : plain).floats(out, expected, 16, "sums");
+    }
+    int32_t left_factor[16], right_factor[16], multiplier[16];
+    const int shift = 1 + random.below(60);
+    // Products stay below 2^29, so that what is scaled by up to a half of 2^31 >> shift fits.
+    for (int i = 0; i < 16; ++i) {
+      left_factor[i] = random.below(1 << 15) - (1 << 14), right_factor[i] = random.below(1 << 15) - (1 << 14);
+      multiplier[i] = shift >= 31 ? static_cast<int32_t>(random.next() >> 33) : random.below(1 << shift);
+    }
+    found.rescale(left_factor, right_factor, multiplier, shift, out, left);
+    reference.rescale(left_factor, right_factor, multiplier, shift, expected, wanted);
+    scaled.floats(out, expected, 16, "clamped");
+    scaled.floats(left, wanted, 16, "upper half");
   }
 }
 
@@ -497,12 +529,14 @@ void fill_panel(Random& random, const PackedFormat& format, size_t cols, uint8_t
     return;
   }
   const size_t per_record = format.record_inputs / kBlock, blocks = (cols + kBlock - 1) / kBlock;
-  for (size_t block = 0; block < blocks; block += per_record, p += format.record_nbytes(per_record)) {
+  const size_t record = format.sparse ? format.header_nbytes() + per_record / 4 * format.unit_nbytes() : format.record_nbytes(per_record);
+  for (size_t block = 0; block < blocks; block += per_record, p += record) {
     if (format.scale == ScaleType::Nested) {
       for (size_t i = 0; i < (format.has_min ? 2 : 1) * kLanes; ++i) half(p + 2 * i);
       continue;
     }
-    const size_t width = format.scale_nbytes(), header = format.header_nbytes();
+    // Zero points behind the scales may be any byte.
+    const size_t width = format.scale_nbytes(), header = format.zero_points ? format.scales() * kLanes * width : format.header_nbytes();
     for (size_t at = 0; at < header; at += width) {
       const float value = random.value();
       if (width == 4) std::memcpy(p + at, &value, 4);
@@ -566,6 +600,7 @@ void check_matmul(Case& test, const Kernels& found, const Kernels& reference, co
 }
 
 enum class Kind { Symmetric, Minimum, Table };
+enum class Centre { None, Half, Zero };
 
 void check_line(Tier tier, const Kernels& found, const Kernels& reference, int bits, Kind kind, bool nested, bool halves, const char* name) {
   for (bool int8_inputs : {true, false})
@@ -582,6 +617,34 @@ void check_line(Tier tier, const Kernels& found, const Kernels& reference, int b
       check_matmul(test, found, reference, format, int8_inputs, nested);
       if (nested) break;
     }
+  if (kind != Kind::Minimum || nested) return;
+  for (bool int8_inputs : {true, false}) {
+    Case test(tier, name);
+    PackedFormat format;
+    format.element = Element::Integer;
+    format.bits = static_cast<uint8_t>(bits);
+    format.has_min = format.zero_points = true;
+    format.sub_group = halves ? 16 : 32;
+    format.record_inputs = halves ? 32 : 64;
+    check_matmul(test, found, reference, format, int8_inputs, false);
+  }
+}
+
+void check_sparse(Tier tier, const Kernels& found, const Kernels& reference, int bits, Centre centre, const char* name) {
+  for (bool int8_inputs : {true, false})
+    for (uint32_t group : {32u, 64u, 128u, 256u}) {
+      Case test(tier, name);
+      PackedFormat format;
+      format.element = Element::Integer;
+      format.bits = static_cast<uint8_t>(bits);
+      format.has_min = centre != Centre::Half;
+      format.zero_points = centre == Centre::Zero;
+      format.scale = group == 256 ? ScaleType::Float32 : ScaleType::Float16;
+      format.sparse = true;
+      format.sparse_group = group;
+      format.record_inputs = group < 128 ? 128 : group;
+      check_matmul(test, found, reference, format, int8_inputs, false);
+    }
 }
 
 void check_matmuls(Tier tier, const Kernels& found, const Kernels& reference) {
@@ -597,7 +660,9 @@ void check_matmuls(Tier tier, const Kernels& found, const Kernels& reference) {
   }
 #define EDGEWISE_MATMUL(bits, kind, nested, halves) \
   check_line(tier, found, reference, bits, Kind::kind, nested, halves, #bits " bits, " #kind ", " #nested ", " #halves);
+#define EDGEWISE_SPARSE(bits, centre) check_sparse(tier, found, reference, bits, Centre::centre, #bits " bits, " #centre ", two of four");
 #include "kernels/matmul/kernels.inc"
+#undef EDGEWISE_SPARSE
 #undef EDGEWISE_MATMUL
 }
 

@@ -68,7 +68,7 @@ def test_weights_of_few_bits_are_not_spread_over_more():
 def test_formats_without_a_kernel_are_not_offered():
     group = groups_of(plan_of(tiny_checkpoint()))[0]
     assert [each.label for each in candidates_of(group, [QuantFormat.parse(name) for name in (
-        "int7/g32", "nf4/g32", "int4/g24", "int4/g32")])] == ["as stored", "int4/g32/fp16"]
+        "posit8_0/g32", "e4m3/g32", "int4/g24", "int4/g32")])] == ["as stored", "int4/g32/fp16"]
 
 
 def test_parameters_and_bits():

@@ -95,14 +95,15 @@ class Made:
             values = self.codes - (0.0 if line.kind == "Minimum" else 2.0 ** (line.bits - 1))
         low = np.repeat(minima.astype(np.float64), group, axis=1)[:, :cols] if line.kind == "Minimum" else 0.0
         self.dense = wide * values + low
-        self.spread = np.abs(wide * values) + np.abs(low)
+        centre = 128 if (line.bits, line.kind) == (8, "Minimum") else 0  # bytes are multiplied about their middle
+        self.spread = np.abs(wide * (values - centre)) + np.abs(low + centre * wide)
         # unpack_row multiplies and adds in float32, as dense() of a stored tensor does
         self.row = (wide.astype(np.float32) * values.astype(np.float32)) + np.float32(low)
 
 
 def test_the_lines_cover_what_the_engine_is_asked_for():
     assert {(line.bits, line.kind) for line in LINES} >= {
-        *((bits, "Symmetric") for bits in (2, 3, 4, 5, 6, 8)), *((bits, "Minimum") for bits in (2, 3, 4, 5, 6))}
+        *((bits, "Symmetric") for bits in (2, 3, 4, 5, 6, 8)), *((bits, "Minimum") for bits in (1, 2, 3, 4, 5, 6, 8))}
     assert TIERS[0] == "reference"
 
 
@@ -129,6 +130,98 @@ def test_groups_longer_than_a_block(line, group, cols):
     made = Made(line, 19, cols, group=group)
     check(made.packed, made.dense, inputs(6, cols), made.spread, quantised=True)
     assert np.array_equal(made.packed.dense(), made.row)
+
+
+@pytest.mark.parametrize("scale", ["fp16", "fp32"])
+@pytest.mark.parametrize(("bits", "group", "cols"), [(2, 64, 160), (3, 32, 96), (4, 16, 100), (4, 128, 288),
+                                                     (8, 32, 96), (8, 288, 288)])
+def test_zero_points(bits, group, cols, scale):
+    """value = scale * (code - zero), exactly what it says where the scale is half precision."""
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (35, cols), dtype=np.uint8)
+    zeros = rng.integers(0, 2**bits, (35, -(-cols // group))).astype(np.float32)
+    scales = rng.uniform(1e-3, 0.1, zeros.shape).astype(np.float16).astype(np.float32)
+    if scale == "fp32":
+        scales *= np.float32(1.0001)
+    packed = kernels.pack_codes(codes, scales, zeros, bits=bits, group=group, scale=scale, zero_points=True)
+    wide, points = (np.repeat(v.astype(np.float64), group, axis=1)[:, :cols] for v in (scales, zeros))
+    dense = wide * (codes - points)
+    if scale == "fp16":
+        assert np.array_equal(packed.dense(), dense)
+    spread = wide * (np.abs(codes - 128.0 * (bits == 8)) + np.abs(points - 128.0 * (bits == 8)))
+    many = check(packed, dense, inputs(19, cols), spread, quantised=True)
+    for tier in TIERS:
+        assert np.array_equal(kernels.matmul(packed, inputs(19, cols)[:1], tier)[0], many[0])
+        floats = kernels.matmul(packed, inputs(3, cols), tier, int8=False)
+        exact = inputs(3, cols).astype(np.float64) @ dense.T
+        assert (np.abs(floats - exact) <= bound(3 * cols, np.abs(inputs(3, cols)) @ (wide * (codes + points)).T)).all()
+
+
+class Halved:
+    """A random weight of which two of every four inputs are kept, and its value in float64, put together one by one."""
+
+    def __init__(self, bits: int, centre: str, rows: int, cols: int, group: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed + bits + cols)
+        kept = cols // 2
+        self.codes = rng.integers(0, 2**bits, (rows, kept), dtype=np.uint8)
+        order = rng.permuted(np.tile(np.arange(4, dtype=np.uint8), (rows, cols // 4, 1)), axis=2)
+        self.places = np.ascontiguousarray(order[:, :, :2].reshape(rows, kept))  # in any order
+        groups = -(-kept // group)
+        scales = rng.uniform(-0.1, 0.1, (rows, groups)).astype(np.float16).astype(np.float32)
+        if centre == "None":
+            minima = rng.uniform(-0.2, 0.2, (rows, groups)).astype(np.float16).astype(np.float32)
+        else:
+            minima = rng.integers(0, 2**bits, (rows, groups)).astype(np.float32)
+        self.packed = kernels.pack_sparse(self.codes, self.places, scales, None if centre == "Half" else minima,
+                                          bits=bits, group=group, zero_points=centre == "Zero")
+        self.dense, self.spread = np.zeros((rows, cols)), np.zeros((rows, cols))
+        for row in range(rows):
+            for i in range(kept):
+                scale, low = float(scales[row, i // group]), float(minima[row, i // group])
+                code = float(self.codes[row, i])
+                column = i // 2 * 4 + int(self.places[row, i])
+                parts = {"Half": (scale * (code - 2 ** (bits - 1)), 0.0), "Zero": (scale * (code - low), 0.0),
+                         "None": (scale * code, low)}[centre]
+                self.dense[row, column] = sum(parts)
+                self.spread[row, column] = sum(map(abs, parts))
+
+
+@pytest.mark.parametrize(("bits", "centre"), kernels.sparse_kernels())
+@pytest.mark.parametrize(("group", "cols"), [(16, 128), (32, 192), (64, 256), (128, 512), (16, 36), (64, 576),
+                                               (192, 384)])
+def test_two_of_four(bits, centre, group, cols):
+    """Against NumPy, and to the bit between tiers; one token has the bits it has among many."""
+    made = Halved(bits, centre, 19, cols, group)
+    assert np.array_equal(made.packed.dense(), made.dense.astype(np.float32))
+    x = inputs(21, cols)
+    many = check(made.packed, made.dense, x, made.spread, quantised=True)
+    for tier in TIERS:
+        for token in (0, 20):
+            assert np.array_equal(kernels.matmul(made.packed, x[token:token + 1], tier)[0], many[token])
+    plain = [kernels.matmul(made.packed, x[:5], tier, int8=False) for tier in TIERS]
+    for result in plain:
+        assert np.array_equal(result, plain[0])
+    miss = np.abs(plain[0] - x[:5].astype(np.float64) @ made.dense.T)
+    assert (miss <= bound(2 * cols, np.abs(x[:5]) @ made.spread.T)).all()
+
+
+def test_every_pair_of_places_is_told_apart():
+    pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
+    places = np.tile(np.array(pairs, np.uint8).reshape(1, -1), (16, 1))  # twelve groups of four: 48 inputs
+    codes = np.tile(np.array([[0, 3]], np.uint8), (16, len(pairs)))      # -2 and 1
+    packed = kernels.pack_sparse(codes, places, np.ones((16, 1), np.float32), bits=2, group=64)
+    row = packed.dense()[0].reshape(-1, 4)
+    for (a, b), group in zip(pairs, row, strict=True):
+        assert group[a] == -2
+        assert group[b] == 1
+        assert np.count_nonzero(group) == 2
+
+
+@pytest.mark.parametrize("places", [[0, 0], [1, 4], [255, 2]])
+def test_places_that_are_none_are_refused(places):
+    with pytest.raises(ValueError, match="two different places"):
+        kernels.pack_sparse(np.zeros((1, 2), np.uint8), np.array([places], np.uint8), np.ones((1, 1), np.float32),
+                            bits=4)
 
 
 @pytest.mark.parametrize("line", OWN, ids=name_of)

@@ -19,6 +19,11 @@ void pack_blocks(BlockType type, const uint8_t* raw, size_t rows, size_t cols, s
 void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* scales, const float* minima, size_t group,
                 size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out);
 
+// Two of every four inputs: codes and places (rows, cols / 2), in any order within a group of four but never the same place
+// twice; cols a multiple of 4. scales, minima: (rows, groups), `group` kept codes each.
+void pack_sparse(const PackedFormat& format, const uint8_t* codes, const uint8_t* places, const float* scales, const float* minima,
+                 size_t group, size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out);
+
 // values: (rows, cols) float32, float16 or bfloat16 as the format's element says; in pairs, those below 2^-56 become zero.
 void pack_floats(const PackedFormat& format, const uint8_t* values, size_t rows, size_t cols, size_t begin, size_t end,
                  uint8_t* out);

@@ -7,6 +7,11 @@
 //   2 bits   2 x 64 bytes: load i holds inputs 16i+4c..16i+4c+3 in the bit pairs c = 0..3;
 //   1 bit    1 x 64 bytes: bit j holds inputs 4j..4j+3;
 //   3, 5, 6 bits   the planes of 2+1, 4+1, 4+2 bits, low bits first.
+// A sparse panel keeps two of every four inputs and goes by units of 128 inputs: 16 inputs are a pair of loads, the first
+// of which holds one kept code of each group of four, the second the other. A unit holds the place p of each first one
+// (2 x 64 bytes: load i has the pairs 4i..4i+3 in its bit pairs), the step e to the second one's, (p + 1 + e) mod 4 (64
+// bytes: bit i has pair i), which names all six pairs of places in three bits, and the codes of pairs 0..3 and 4..7, each
+// as a block of eight loads above.
 // A float panel is K columns of 16 values; of bfloat16 pairs, K / 2 columns of two inputs of each row. Float32Rows are
 // sixteen rows of K values: a table to look rows up in, for no kernel.
 #pragma once
@@ -21,6 +26,7 @@ namespace edgewise {
 
 inline constexpr size_t kLanes = 16;
 inline constexpr size_t kBlock = 32;
+inline constexpr size_t kSparseUnit = 128;
 // Inputs below this count as zero: their scale would be subnormal, and codes would not fit a byte.
 inline constexpr float kSmallestPeak = 1e-35f;
 // Inputs and weights of bfloat16 pairs below 2^-56 count as zero: what is left are multiples of 2^-63, so that no sum of
@@ -36,12 +42,18 @@ struct PackedFormat {
   bool has_min = false;        // value = scale * code + minimum; else scale * (code - 2^(bits-1)), 8 bits included
   ScaleType scale = ScaleType::Float16;
   uint8_t sub_group = 32;      // inputs that share a (sub-)scale within a block: 16 or 32
-  uint32_t record_inputs = 32; // inputs whose scales lie in one record: a multiple of 32; Nested: 256
+  uint32_t record_inputs = 32; // inputs whose scales lie in one record: a multiple of 32; Nested: 256; sparse: of 128
+  bool zero_points = false;    // a minimum is stored as a byte z: value = scale * (code - z)
+  bool sparse = false;         // two of every four inputs are kept
+  uint32_t sparse_group = 128; // inputs that share a scale of a sparse weight: 32, 64 or the whole record
   int8_t table[16] = {};       // Element::Table: value = scale * table[code]
 
   EDGEWISE_INLINE bool quantised() const { return element == Element::Integer || element == Element::Table; }
   EDGEWISE_INLINE size_t block_nbytes() const { return kLanes * kBlock * bits / 8; }
   EDGEWISE_INLINE size_t scale_nbytes() const { return scale == ScaleType::Float32 ? 4 : scale == ScaleType::Exponent ? 1 : 2; }
+  EDGEWISE_INLINE size_t minimum_nbytes() const { return !has_min ? 0 : zero_points ? 1 : scale_nbytes(); }
+  EDGEWISE_INLINE size_t unit_nbytes() const { return 3 * 64 + 2 * block_nbytes(); }  // of 128 sparse inputs
+  size_t scales() const;                    // of a row in a record
   size_t header_nbytes() const;             // scales and minima of a record
   size_t record_nbytes(size_t blocks) const;
   size_t panel_nbytes(size_t cols) const;

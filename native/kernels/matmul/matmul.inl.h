@@ -76,12 +76,25 @@ inline void unpack<2>(const uint8_t* p, Codes* c) {
   }
 }
 
+template <>
+inline void unpack<1>(const uint8_t* p, Codes* c) {
+  const Codes plane = load_codes(p), one = set1_codes(1);
+  for (int j = 0; j < 8; ++j) c[j] = both(shift_right(plane, j), one);
+}
+
+// Bit j of a plane at bit position Place, nothing else.
+template <int Place>
+inline Codes bit_of(Codes plane, int j) {
+  if (j < Place) return shift_left(both(plane, set1_codes(static_cast<uint8_t>(1 << j))), Place - j);
+  return both(shift_right(plane, j - Place), set1_codes(1 << Place));
+}
+
 // Bit j of the plane belongs to c[j]; it lands at bit position Place.
 template <int Place>
 inline void add_bit_plane(const uint8_t* p, Codes* c) {
   const Codes plane = load_codes(p);
-  const Codes one = set1_codes(1);
-  for (int j = 0; j < 8; ++j) c[j] = either(c[j], shift_left(both(shift_right(plane, j), one), Place));
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) c[j] = either(c[j], bit_of<Place>(plane, j));
 }
 
 template <>
@@ -108,6 +121,12 @@ inline Floats load_scale(const uint8_t* p, ScaleType type) {
   if (type == ScaleType::Float16) return load_half(reinterpret_cast<const uint16_t*>(p));
   if (type == ScaleType::Float32) return load(reinterpret_cast<const float*>(p));
   return load_half_exponent(p);
+}
+
+// value = scale * code + minimum: a minimum of its own, or one that a zero point gives.
+inline Floats load_minimum(const uint8_t* p, const PackedFormat& format, Floats scale) {
+  if (format.zero_points) return sub(zero(), mul(load_uint8(p), scale));
+  return load_scale(p, format.scale);
 }
 
 enum class Kind { Symmetric, Minimum, Table };
@@ -181,7 +200,8 @@ struct PanelReader {
       if constexpr (F::kKind == Kind::Minimum) super_min = load_half(reinterpret_cast<const uint16_t*>(record + 32));
     } else if constexpr (!F::Halves) {
       super = load_scale(record, scale_type());
-      if constexpr (F::kKind == Kind::Minimum) super_min = load_scale(record + scale_nbytes(), scale_type());
+      if constexpr (F::kKind == Kind::Minimum)
+        super_min = F::Plain ? load_scale(record + scale_nbytes(), scale_type()) : load_minimum(record + scale_nbytes(), format, super);
     }
   }
 
@@ -203,9 +223,10 @@ struct PanelReader {
       s.low = load_scale(at, scale_type());
       s.high = load_scale(at + scale_nbytes(), scale_type());
       if constexpr (F::kKind == Kind::Minimum) {
-        const uint8_t* m = at + per_record() * 2 * scale_nbytes();
-        s.min_low = load_scale(m, scale_type());
-        s.min_high = load_scale(m + scale_nbytes(), scale_type());
+        const size_t width = kLanes * format.minimum_nbytes();
+        const uint8_t* m = record + per_record() * 2 * scale_nbytes() + b * 2 * width;
+        s.min_low = load_minimum(m, format, s.low);
+        s.min_high = load_minimum(m + width, format, s.high);
       }
     }
     return s;
@@ -242,7 +263,11 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
     for (size_t b = 0; b < count; ++b) {
       const uint8_t* fetched = next_of<Tokens>(ahead, reader.p);
       for (size_t line = 0; line < reader.block_nbytes; line += 64) prefetch(fetched + line);
-      const Scales scales = reader.scales(b);
+      Scales scales = reader.scales(b);
+      if constexpr (F::Bits == 8 && F::kKind == Kind::Minimum) {  // bytes are centred at 128
+        scales.min_low = fma(set1(128.0f), scales.low, scales.min_low);
+        scales.min_high = fma(set1(128.0f), scales.high, scales.min_high);
+      }
       Codes c[8];
       reader.codes(c);
       if constexpr (F::kKind == Kind::Table)
@@ -448,6 +473,8 @@ void bfloat_panels(const PackedMatrix& w, size_t panel, size_t panels, const Act
 
 }  // namespace
 
+#include "kernels/matmul/sparse.inl.h"
+
 MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs) {
   switch (format.element) {
     case Element::Float32: return &float_panels<Element::Float32>;
@@ -456,9 +483,10 @@ MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs) {
     case Element::BFloat16Pairs: return &bfloat_panels;
     default: break;
   }
+  if (format.sparse) return sparse_kernel(format, int8_inputs);
   const Kind kind = format.element == Element::Table ? Kind::Table : format.has_min ? Kind::Minimum : Kind::Symmetric;
   const bool nested = format.scale == ScaleType::Nested, halves = format.sub_group == 16;
-  const bool plain = format.scale == ScaleType::Float16 && format.record_inputs == kBlock;
+  const bool plain = format.scale == ScaleType::Float16 && format.record_inputs == kBlock && !format.zero_points;
 #define EDGEWISE_MATMUL(bits_, kind_, nested_, halves_)                                                        \
   if (format.bits == bits_ && kind == Kind::kind_ && nested == nested_ && halves == halves_) {                 \
     if (!int8_inputs) return &decoded_panels<Format<bits_, Kind::kind_, nested_, halves_>>;                    \

@@ -35,6 +35,11 @@ struct LaneFunctions {
   // Sixteen pairs and one, of bfloat16.
   void (*dot2)(const float* sum, const uint16_t* pairs, const uint16_t* x, float* out);
   void (*dot4_full)(int32_t negated_sum, const uint8_t* codes, const int8_t* x, int count, float* out);
+  // Sixteen inputs, of which each of 64 weights selects one by its index; over `count` registers of both.
+  void (*dot4_selected)(const uint8_t* weights, const uint8_t* index, const int8_t* x, int count, float* out);
+  void (*dot4_unsigned)(const int32_t* sums, const uint8_t* weights, const uint8_t* x, int count, bool narrow, float* out);
+  // clamp(rescale(a * b, multiplier, shift)), exact in the two halves of 16 bits.
+  void (*rescale)(const int32_t* a, const int32_t* b, const int32_t* multiplier, int shift, float* low, float* high);
 };
 
 #define EDGEWISE_TIER(tier, name) \

@@ -68,5 +68,26 @@ LaneFunctions lane_functions() {
     for (int i = 0; i < count; ++i) total = dot4_full(total, load_codes(codes + 64 * i), x + 4 * i);
     store(out, to_floats(total));
   };
+  f.dot4_selected = [](const uint8_t* weights, const uint8_t* index, const int8_t* x, int count, float* out) {
+    Codes w[4];
+    for (int i = 0; i < count; ++i) w[i] = sub(load_codes(weights + 64 * i), set1_codes(128));
+    const Codes inputs = selectable(x);
+    Ints total = start_selected(w, count);
+    for (int i = 0; i < count; ++i) total = dot4_selected(total, w[i], look_up(inputs, load_codes(index + 64 * i)));
+    store(out, to_floats(total));
+  };
+  f.dot4_unsigned = [](const int32_t* sums, const uint8_t* weights, const uint8_t* x, int count, bool narrow, float* out) {
+    Ints total = start_unsigned(load_ints(sums));
+    for (int i = 0; i < count; ++i) {
+      const Codes w = load_codes(weights + 64 * i);
+      total = narrow ? dot4_unsigned_narrow(total, w, x + 4 * i) : dot4_unsigned(total, w, x + 4 * i);
+    }
+    store(out, to_floats(total));
+  };
+  f.rescale = [](const int32_t* a, const int32_t* b, const int32_t* multiplier, int shift, float* low, float* high) {
+    const Ints r = rescale(mul(load_ints(a), load_ints(b)), load_ints(multiplier), shift);
+    store(low, to_floats(clamp(r, -32768, 32767)));
+    store(high, to_floats(clamp(rescale(r, set1_ints(1), 16), -70000, 70000)));
+  };
   return f;
 }

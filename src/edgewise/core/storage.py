@@ -317,8 +317,8 @@ class LazyTensors(Mapping[str, Stored]):
 def rows_of(stored: Stored, rows: slice | int) -> Stored:
     """Part of a tensor along its first axis, in its own storage form: a slice of step 1, or one element of the axis.
 
-    A view where the form allows it. A sparse tensor becomes dense, and so does one row of a quantised or factored
-    matrix.
+    A view where the form allows it. A tensor in compressed sparse rows becomes dense, and so does one row of a
+    quantised, factored or n:m sparse matrix.
     """
     if isinstance(rows, int):
         start, stop, shape = rows, rows + 1, stored.shape[1:]
@@ -338,6 +338,9 @@ def rows_of(stored: Stored, rows: slice | int) -> Stored:
         return stored.rows(start, stop)
     if isinstance(stored, Factored) and isinstance(rows, slice):
         return replace(stored, left=rows_of(stored.left, rows))
+    if isinstance(stored, Sparse) and stored.encoding == "n_m" and isinstance(rows, slice):
+        return replace(stored, index=stored.index[start:stop], values=rows_of(stored.values, rows),
+                       logical_shape=(stop - start, stored.shape[1]))
     if isinstance(stored, Sum) and isinstance(rows, slice):
         return Sum(tuple(rows_of(part, rows) for part in stored.parts))
     return Dense(np.ascontiguousarray(stored.dense()[start:stop]).reshape(shape))

@@ -1,8 +1,9 @@
 """From stored weights to the interleaved rows that the kernels read, in memory or in a cache file that is mapped.
 
-Packing is a permutation of codes and scales: no value changes. A weight without a kernel of its own (a codebook that
-bytes cannot hold, a group that blocks of 32 cannot carry, a factored or sparse weight) runs as 16-bit floats, and a
-notice says so.
+Packing is a permutation of codes and scales: no value changes, but for a codebook of at most sixteen values that are no
+integers (NF4), which become multiples of 1/127 of the largest, with a notice. A weight without a kernel of its own (a
+larger codebook, a group that blocks of 32 cannot carry, a factored weight, sparsity other than two of four) runs as
+16-bit floats, and a notice says so.
 """
 
 from __future__ import annotations
@@ -21,9 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewise.core.errors import EdgewiseError, FormatError, notice
-from edgewise.core.numbers import BF16, E8M0, FP4, FP16, FP32, NumberFormat, QuantFormat
-from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Stored
+from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat
+from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Sparse, Stored, rows_of
 from edgewise.core.values import dataclass
+from edgewise.engine.layouts import (
+    Layout,
+    kept_of,
+    layout_of_format,
+    sparse_layout,
+    sparse_layout_of_format,
+    write_codes,
+    write_sparse,
+)
 from edgewise.formats.cache import cache_root, locked, write_aside
 from edgewise.formats.mapped import release_pages
 from edgewise.native import _core  # type: ignore[attr-defined]
@@ -32,7 +42,7 @@ __all__ = ["PackedWeights", "Recipe", "layout_of", "pack_all", "pack_one", "pack
            "recipe_of"]
 
 Bytes = NDArray[np.uint8]
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """Of the packed form: part of every cache key, raised whenever packed.h changes what the bytes mean."""
 
 _ALIGN_BYTES = 4096
@@ -42,8 +52,6 @@ _SLAB_VALUES = 1 << 21
 """Codes unpacked at a time while packing."""
 _FETCHED_BYTES = 16 << 20
 """Read ahead at a time."""
-_FP4_TABLE = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
-"""Values of E2M1 doubled, by code: integers, so that the dot product is exact."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,15 @@ def recipe_of(name: str, stored: Stored, *, pairs: bool = False, table: bool = F
             release_pages(raw)  # two copies of one weight at a time, and not of all
 
         return Recipe(native, rows, cols, native.nbytes(rows, cols), write_blocks, stored.codec.name)
-    if isinstance(stored, QuantizedTensor):
-        recipe = _quantised(stored)
+    if isinstance(stored, QuantizedTensor | Sparse):
+        if isinstance(stored, Sparse) or stored.format.n_m is not None:
+            recipe = _two_of_four(stored)
+        else:
+            recipe = _quantised(name, stored)
         if recipe is not None:
             return recipe
-        notice("fallback", f"{stored.format} has no integer kernel; the weight runs as 16-bit floats", where=name)
+        form = stored if isinstance(stored, Sparse) else stored.format
+        notice("fallback", f"{form} has no integer kernel; the weight runs as 16-bit floats", where=name)
         return _floats(Dense(stored.dense().astype(np.float16), FP16))
     if isinstance(stored, Dense):
         return _floats(stored, pairs, table)
@@ -102,91 +114,63 @@ def _floats(stored: Dense, pairs: bool = False, table: bool = False) -> Recipe:
     return Recipe(native, rows, cols, native.nbytes(rows, cols), write, kind)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How codes of a format are packed: added to each code, multiplied into each scale."""
-
-    native: Any
-    group: int
-    shift: int = 0
-    scale_factor: float = 1.0
-
-
-def _layout_of_format(fmt: QuantFormat, cols: int) -> _Layout | None:
-    """None where no kernel fits."""
-    if not isinstance(fmt.scale, NumberFormat) or fmt.n_m or fmt.prefixes:
-        return None
-    if fmt.granularity.kind == "group" and fmt.granularity.group < cols:
-        group = fmt.granularity.group
-    else:
-        group = -(-cols // 32) * 32
-    if group != 16 and group % 32:
-        return None
-    table: list[int] = []
-    scale_factor = 1.0
-    shift = 0
-    if fmt.element == FP4:
-        element, bits, table, scale_factor = "table", 4, _FP4_TABLE, 0.5
-    elif fmt.element.kind == "int":
-        element, bits = "int", fmt.element.bits
-        shift = 0 if fmt.zero != "none" else 2 ** (bits - 1)
-        if fmt.zero == "none" and not fmt.element.signed:
-            return None
-    else:
-        return None
-    # A product of scale and zero point, and a scale in bfloat16, need single precision.
-    exact_half = fmt.scale == FP16 and fmt.zero != "int"
-    scale = "fp16" if exact_half else "e8m0" if fmt.scale == E8M0 and element == "table" else "fp32"
-    try:
-        native = _core.PackedFormat(element, bits, fmt.zero != "none", scale, group, table)
-    except ValueError:
-        return None
-    return _Layout(native, group, shift, scale_factor)
-
-
 def packed_nbytes(fmt: QuantFormat, shape: tuple[int, ...]) -> int | None:
     """Bytes of a (out, in) weight in this format once packed; None where no kernel reads the format."""
-    layout = _layout_of_format(fmt, shape[1])
+    layout = sparse_layout_of_format(fmt, shape[1]) if fmt.n_m else layout_of_format(fmt, shape[1])
     return None if layout is None else int(layout.native.nbytes(shape[0], shape[1]))
 
 
-def _quantised(stored: QuantizedTensor) -> Recipe | None:
+def _quantised(name: str, stored: QuantizedTensor) -> Recipe | None:
     """None where no kernel fits."""
-    fmt, (rows, cols) = stored.format, stored.shape
-    layout = _layout_of_format(fmt, cols)
+    layout = layout_of_format(stored.format, stored.shape[1])
     if layout is None:
         return None
+    fits: Layout = layout
+    if fits.moved:
+        notice("info", f"{stored.format.element.name} runs as multiples of 1/127 of its largest value, which moves a "
+               f"weight by at most {100 * fits.moved:.2f} % of its group's largest", where=name)
+    return _by_slabs(stored.shape, fits, str(stored.format), lambda start, stop, out: write_codes(
+        stored.rows(start, stop), fits, out))
+
+
+def _two_of_four(stored: Sparse | QuantizedTensor) -> Recipe | None:
+    """None where no kernel fits. Kept values are looked for when they are packed, and not before."""
+    if isinstance(stored, Sparse):
+        kept = kept_of(stored)
+        layout = None if kept is None else sparse_layout(kept[0].format, stored.shape[1])
+    else:
+        layout = sparse_layout_of_format(stored.format, stored.shape[1])
+    if layout is None:
+        return None
+    fits: Layout = layout
+
+    def write(start: int, stop: int, out: Bytes) -> None:
+        part = rows_of(stored, slice(start, stop))
+        assert isinstance(part, Sparse | QuantizedTensor)
+        found = kept_of(part)
+        assert found is not None
+        write_sparse(*found, fits, out)
+
+    values = stored.values if isinstance(stored, Sparse) else stored
+    assert isinstance(values, QuantizedTensor)
+    return _by_slabs(stored.shape, fits, f"two of four {values.format}", write)
+
+
+def _by_slabs(shape: tuple[int, ...], layout: Layout, kind: str,
+              write_rows: Callable[[int, int, Bytes], None]) -> Recipe:
+    """Packed some rows at a time. write_rows: first row, last + 1, where their panels go."""
+    rows, cols = shape
 
     def write(out: Bytes) -> None:
         step = max(1, _SLAB_VALUES // cols // _PANEL_ROWS) * _PANEL_ROWS
         begin = 0
         for start in range(0, rows, step):
-            part = stored.rows(start, min(start + step, rows))
-            end = begin + layout.native.nbytes(part.shape[0], cols)
-            _write_codes(part, layout, out[begin:end])
+            stop = min(start + step, rows)
+            end = begin + layout.native.nbytes(stop - start, cols)
+            write_rows(start, stop, out[begin:end])
             begin = end
 
-    return Recipe(layout.native, rows, cols, layout.native.nbytes(rows, cols), write, str(fmt))
-
-
-def _write_codes(stored: QuantizedTensor, layout: _Layout, out: Bytes) -> None:
-    """Whole panels of rows, or the last rows of a weight."""
-    zero = stored.format.zero
-    codes = np.ascontiguousarray(stored.codes).view(np.uint8) + np.uint8(layout.shift)
-    scales = np.ascontiguousarray(np.broadcast_to(stored.scales * np.float32(layout.scale_factor), _groups(stored)),
-                                  np.float32)
-    minima = np.zeros((1, 1), np.float32)
-    if zero == "min":
-        minima = np.ascontiguousarray(np.broadcast_to(stored.minima, _groups(stored)), np.float32)  # type: ignore[arg-type]
-    elif zero == "int":
-        assert stored.zeros is not None
-        minima = np.ascontiguousarray(np.broadcast_to(-stored.zeros, _groups(stored)) * scales, np.float32)
-    _core.pack_codes(layout.native, codes, scales, minima, layout.group, out)
-
-
-def _groups(stored: QuantizedTensor) -> tuple[int, int]:
-    rows, cols = stored.shape
-    return rows, stored.format.granularity.groups(cols)
+    return Recipe(layout.native, rows, cols, layout.native.nbytes(rows, cols), write, kind)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edgewise.native import _core  # type: ignore[attr-defined]
 
 __all__ = ["KernelLine", "Packed", "highest", "layer_norm", "matmul", "pack_blocks", "pack_codes", "pack_floats",
-           "pointwise", "quantised_kernels", "rms_norm", "sum_of_exponentials"]
+           "pack_sparse", "pointwise", "quantised_kernels", "rms_norm", "sparse_kernels", "sum_of_exponentials"]
 
 Float32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -31,6 +31,12 @@ def quantised_kernels() -> list[KernelLine]:
     """Every quantised matmul kernel of the build."""
     lines = [line.split() for line in cast("list[str]", _core.quantised_kernels())]
     return [KernelLine(int(bits), kind, nested == "true", halves == "true") for bits, kind, nested, halves in lines]
+
+
+def sparse_kernels() -> list[tuple[int, str]]:
+    """Every kernel for two of four: bits, and what codes are centred on, Half of the range, a Zero point or None."""
+    lines = [line.split() for line in cast("list[str]", _core.sparse_kernels())]
+    return [(int(bits), centre) for bits, centre in lines]
 
 
 class Packed:
@@ -62,15 +68,29 @@ def pack_blocks(type_name: str, raw: Bytes, cols: int) -> Packed:
 
 
 def pack_codes(codes: Bytes, scales: Float32, minima: Float32 | None = None, *, bits: int, scale: str = "fp16",
-               group: int = 32, table: Sequence[int] = ()) -> Packed:
+               group: int = 32, table: Sequence[int] = (), zero_points: bool = False) -> Packed:
     """codes: (rows, cols) unsigned, symmetric ones shifted up by 2^(bits-1). scales, minima: (rows, groups) float32,
     of values that `scale` (fp16, fp32, e8m0) holds exactly. group: inputs per scale, 16 or a multiple of 32.
-    table: sixteen int8 values that the codes index; else value = scale * code (+ minimum). ValueError: no kernel."""
+    table: sixteen int8 values that the codes index; else value = scale * code (+ minimum). zero_points: minima are
+    integers of a byte z, and value = scale * (code - z). ValueError: no kernel."""
     rows, cols = codes.shape
-    native = _core.PackedFormat("table" if table else "int", bits, minima is not None, scale, group, list(table))
+    native = _core.PackedFormat("table" if table else "int", bits, minima is not None, scale, group, list(table),
+                                zero_points)
     data = np.empty(native.nbytes(rows, cols), np.uint8)
     _core.pack_codes(native, codes, scales, np.zeros((1, 1), np.float32) if minima is None else minima, group, data)
     return Packed(native, rows, cols, data)
+
+
+def pack_sparse(codes: Bytes, places: Bytes, scales: Float32, minima: Float32 | None = None, *, bits: int,
+                scale: str = "fp16", group: int = 64, zero_points: bool = False) -> Packed:
+    """Two of every four inputs: codes and their places 0 to 3 (rows, cols / 2). group: kept codes per scale, 16, 32 or
+    a multiple of 64; else as pack_codes."""
+    rows, kept = codes.shape
+    native = _core.PackedFormat("int", bits, minima is not None, scale, 2 * group, [], zero_points, True)
+    data = np.empty(native.nbytes(rows, 2 * kept), np.uint8)
+    _core.pack_sparse(native, codes, places, scales, np.zeros((1, 1), np.float32) if minima is None else minima, group,
+                      data)
+    return Packed(native, rows, 2 * kept, data)
 
 
 def pack_floats(values: NDArray[Any], element: str) -> Packed:
@@ -82,10 +102,10 @@ def pack_floats(values: NDArray[Any], element: str) -> Packed:
     return Packed(native, rows, cols, data)
 
 
-def matmul(weight: Packed, x: Float32, tier: str) -> Float32:
-    """x (tokens, cols) W^T -> (tokens, rows). Inputs of a quantised weight are rounded to int8 first, 32 at a time."""
+def matmul(weight: Packed, x: Float32, tier: str, *, int8: bool = True) -> Float32:
+    """x (tokens, cols) W^T -> (tokens, rows). int8: inputs of a quantised weight are rounded first, 32 at a time."""
     y = np.empty((len(x), weight.shape[0]), np.float32)
-    _core.matmul(weight.matrix, x, y, tier)
+    _core.matmul(weight.matrix, x, y, tier, int8)
     return y
 
 
