@@ -10,6 +10,7 @@ from edgewise.core.front_door import front_door
 __all__, _opened = front_door(__name__, {
     "fake_quant": "EmaRange LearnedClip Lsq LsqPlus StaticAffine fake_quantize per_token round_ste scale_gradient snap "
                   "static_affine",
+    "hooks": "TorchStats gather",
 })
 
 
