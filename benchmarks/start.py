@@ -10,8 +10,8 @@ arrives. Runs come in pairs, in random order, and the median of the ratios withi
     cold        both have been dropped from the page cache before each run (posix_fadvise DONTNEED)
     first ever  cold, and edgewise's cache directory is empty: it hashes, packs and writes the weights
 
-Both engines are byte-compiled first, as they are when pip installs them: from a source tree, an interpreter that is told
-to write no bytecode would compile edgewise again in every run.
+Both engines are byte-compiled first, as they are when pip installs them: from a source tree, an interpreter that is
+told to write no bytecode would compile edgewise again in every run.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     compileall.compile_dir(Path(edgewise.__file__).parent, quiet=1)
-    subprocess.run([options.peer_python, "-c", "import compileall, pathlib, llama_cpp; compileall.compile_dir("
-                    "pathlib.Path(llama_cpp.__file__).parent, quiet=1)"], check=True)
+    compiled = "import compileall, os, llama_cpp; compileall.compile_dir(os.path.dirname(llama_cpp.__file__), quiet=1)"
+    subprocess.run([options.peer_python, "-c", compiled], check=True)
     rows: list[tuple[Any, ...]] = []
     quantities: list[Quantity] = []
     files = [model_file(options.model, kind) for kind in options.files.split(",")]
