@@ -169,3 +169,22 @@ def test_blocks_made_later_are_made_when_read_and_each_time() -> None:
     assert len(made) == 4
     with pytest.raises(AttributeError, match="no attribute 'row'"):
         _ = blocks.row
+
+
+def test_a_dense_tensor_made_later_is_made_when_read_and_each_time() -> None:
+    made: list[int] = []
+
+    def make() -> np.ndarray:
+        made.append(1)
+        return WEIGHT.astype(np.float16)
+
+    tensor = Dense.later(make, FP16, (6, 8))
+    assert (tensor.shape, tensor.nbytes, repr(tensor)) == ((6, 8), 96, repr(Dense(make(), FP16)))
+    part = rows_of(tensor, slice(1, 3))
+    assert part.shape == (2, 8)
+    assert len(made) == 1  # by the comparison
+    np.testing.assert_array_equal(part.dense(), WEIGHT.astype(np.float16).astype(np.float32)[1:3])
+    np.testing.assert_array_equal(tensor.data, WEIGHT.astype(np.float16))
+    assert len(made) == 3
+    with pytest.raises(AttributeError, match="no attribute 'row'"):
+        _ = tensor.row

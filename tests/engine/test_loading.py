@@ -67,8 +67,9 @@ class TestCache:
         assert np.array_equal(again.forward(IDS), expected)
         assert packed_file(home).stat().st_mtime_ns == before.st_mtime_ns
 
-    def test_a_second_start_reads_no_matrix_of_the_source(self, tmp_path, home, monkeypatch):
-        path = str(gguf_file(tmp_path / "tiny.gguf", form="Q8_0"))
+    @pytest.mark.parametrize("form", ["Q8_0", "F16", "F32"])
+    def test_a_second_start_reads_no_matrix_of_the_source(self, form, tmp_path, home, monkeypatch):
+        path = str(gguf_file(tmp_path / "tiny.gguf", form=form))
         read = []
         check = GgufFile.check_finite
         monkeypatch.setattr(GgufFile, "check_finite", lambda file, name: (read.append(name), check(file, name)))

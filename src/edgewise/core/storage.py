@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,24 @@ class _MatmulByDense:
         return np.asarray(x @ weight.T, dtype=np.float32)
 
 
+T = TypeVar("T")
+
+
+def _later(cls: type[T], **values: Any) -> T:
+    """A tensor whose bytes are made by `_make` when they are asked for; see `_made`."""
+    tensor = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(tensor, name, value)
+    return tensor
+
+
+def _made(tensor: Any, name: str, bytes_name: str) -> Any:
+    """What an attribute that is not there yet is: the bytes of a tensor that was made by `later`."""
+    if name == bytes_name and "_make" in tensor.__dict__:
+        return tensor.__dict__["_make"]()
+    raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Dense(_MatmulByDense):
     """A plain array. number says what the bytes mean: float32, float16, or bfloat16 held as uint16."""
@@ -65,13 +83,23 @@ class Dense(_MatmulByDense):
         if self.data.dtype != expected:
             raise InvalidValueError(f"Dense {self.number} expects dtype {np.dtype(expected)}; given {self.data.dtype}")
 
+    @staticmethod
+    def later(make: Callable[[], Array], number: NumberFormat, shape: tuple[int, ...]) -> Dense:
+        """An array that is read, checked or moved each time it is asked for, and not before."""
+        return _later(Dense, _make=make, _shape=shape, number=number)
+
+    if not TYPE_CHECKING:
+        def __getattr__(self, name: str) -> Any:
+            return _made(self, name, "data")
+
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.data.shape)
+        known: tuple[int, ...] | None = self.__dict__.get("_shape")
+        return tuple(self.data.shape) if known is None else known
 
     @property
     def nbytes(self) -> int:
-        return int(self.data.nbytes)
+        return math.prod(self.shape) * self.number.bits // 8
 
     def dense(self) -> Float32:
         if self.number == BF16:
@@ -153,16 +181,11 @@ class Blocks(_MatmulByDense):
     @staticmethod
     def later(make: Callable[[], NDArray[np.uint8]], codec: BlockCodec, shape: tuple[int, ...]) -> Blocks:
         """Blocks whose bytes are read, checked or moved each time they are asked for, and not before."""
-        blocks = object.__new__(Blocks)
-        for name, value in (("_make", make), ("codec", codec), ("logical_shape", shape)):
-            object.__setattr__(blocks, name, value)
-        return blocks
+        return _later(Blocks, _make=make, codec=codec, logical_shape=shape)
 
     if not TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any:
-            if name == "raw" and "_make" in self.__dict__:
-                return self.__dict__["_make"]()
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return _made(self, name, "raw")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -329,10 +352,13 @@ def rows_of(stored: Stored, rows: slice | int) -> Stored:
         raise InvalidValueError(f"rows {start} to {stop} of a tensor of shape {stored.shape}")
 
     if isinstance(stored, Blocks):
-        raw = stored.raw
-        each = len(raw) // max(stored.shape[0], 1)
-        return replace(stored, raw=raw[start * each:stop * each], logical_shape=shape)
+        each = math.prod(stored.shape[1:-1])
+        if "_make" in stored.__dict__:
+            return Blocks.later(lambda: stored.raw[start * each:stop * each], stored.codec, shape)
+        return replace(stored, raw=stored.raw[start * each:stop * each], logical_shape=shape)
     if isinstance(stored, Dense):
+        if "_make" in stored.__dict__:
+            return Dense.later(lambda: stored.data[start:stop].reshape(shape), stored.number, shape)
         return replace(stored, data=stored.data[start:stop].reshape(shape))
     if isinstance(stored, QuantizedTensor) and isinstance(rows, slice):
         return stored.rows(start, stop)

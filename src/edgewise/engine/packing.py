@@ -108,8 +108,9 @@ def _floats(stored: Dense, pairs: bool = False, table: bool = False) -> Recipe:
     native = _core.PackedFormat(kind)
 
     def write(out: Bytes) -> None:
-        _core.pack_floats(native, np.ascontiguousarray(stored.data).view(np.uint8).reshape(rows, -1), cols, out)
-        release_pages(stored.data)
+        data = stored.data  # not before: see above
+        _core.pack_floats(native, np.ascontiguousarray(data).view(np.uint8).reshape(rows, -1), cols, out)
+        release_pages(data)
 
     return Recipe(native, rows, cols, native.nbytes(rows, cols), write, kind)
 

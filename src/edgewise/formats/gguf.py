@@ -92,15 +92,21 @@ def _tensors(shards: GgufShards, arch: GgufArch, config: dict[str, Any], path: P
             return moved
 
         kind, shape = shards.home[name].tensors[name].type, shards.shape(name)
-        if kind in PLAIN or len(shape) < 2 or arch.is_raised(name) or arch.is_row(name):
+        if len(shape) < 2 or arch.is_raised(name) or arch.is_row(name):
             return make
+        if kind in PLAIN:
+            return lambda: Dense.later(lambda: dense_of(make()).data, PLAIN[kind][1], shape)
         return lambda: Blocks.later(lambda: blocks_of(make()).raw, codec(kind), shape)
 
     def expert(name: str, number: int) -> Callable[[], Stored]:
         kind, shape = shards.home[name].tensors[name].type, shards.shape(name)
         if kind in PLAIN:
-            return lambda: rows_of(whole(name), number)
+            return lambda: Dense.later(lambda: dense_of(rows_of(whole(name), number)).data, PLAIN[kind][1], shape[1:])
         return lambda: Blocks.later(lambda: blocks_of(rows_of(whole(name), number)).raw, codec(kind), shape[1:])
+
+    def dense_of(stored: Stored) -> Dense:
+        assert isinstance(stored, Dense)
+        return stored
 
     def blocks_of(stored: Stored) -> Blocks:
         assert isinstance(stored, Blocks)
