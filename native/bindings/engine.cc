@@ -248,7 +248,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<Session>(m, "Session", "Runs a Model; see session.h")
       .def("__init__", [](Session* self, std::shared_ptr<const Model> model, const std::string& kv, size_t context, size_t slots, size_t threads, size_t batch,
                           size_t source, const Session* beside, const Tuning& tuning) {
-             const KvType type = pick<KvType>("KV format", kv, {{"fp32", KvType::Float32}, {"fp16", KvType::Float16}, {"int8", KvType::Int8}, {"int4", KvType::Int4}});
+             const KvType type = pick<KvType>("KV format", kv, {{"fp32", KvType::Float32}, {"fp16", KvType::Float16}, {"bf16", KvType::BFloat16}, {"int8", KvType::Int8}, {"int4", KvType::Int4}});
              new (self) Session(std::move(model), {type, context, slots, threads, batch, source, tuning}, beside);
            }, "model"_a, "kv"_a, "context"_a, "slots"_a, "threads"_a, "batch"_a, "source"_a = 0, "beside"_a.none() = nb::none(),
            "tuning"_a = Tuning{})

@@ -107,25 +107,27 @@ void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
 }
 
 // out: (heads * head_dim). Chunks are merged in order, as attend_many does.
-void Session::merge_one(const Layer& layer, size_t index, float* out) const {
+void Session::merge_one(const Layer& layer, size_t index, size_t thread, float* out) const {
   const size_t padded = kv_layout_[index].padded();
   const auto [first, last] = visible_chunks(layer);
-  float sum[kMaxHeadDim];
-  for (size_t head = 0; head < layer.heads; ++head) {
-    float peak = 0, weight = 0;
+  float* sums = thread_attention_[thread].floats() + kAttentionScratch;
+  float peaks[kMaxQueries], weights[kMaxQueries];
+  for (size_t head = 0; head < layer.heads; head += kMaxQueries) {
+    const size_t heads = std::min(kMaxQueries, layer.heads - head);
     for (size_t chunk = first; chunk < last; ++chunk) {
       const float* part = partial_.floats() + (chunk - first) * layer.heads * (padded + 2);
-      const float* values = part + head * padded;
-      const float part_peak = part[layer.heads * padded + head], part_weight = part[layer.heads * (padded + 1) + head];
+      const float *values = part + head * padded, *part_peaks = part + layer.heads * padded + head;
+      const float* part_weights = part_peaks + layer.heads;
       if (chunk == first) {
-        std::memcpy(sum, values, padded * sizeof(float));
-        peak = part_peak;
-        weight = part_weight;
+        std::memcpy(sums, values, heads * padded * sizeof(float));
+        std::copy_n(part_peaks, heads, peaks);
+        std::copy_n(part_weights, heads, weights);
       } else {
-        kernels_.attention.merge(sum, &peak, &weight, values, part_peak, part_weight, padded);
+        kernels_.attention.merge(heads, padded, sums, peaks, weights, values, part_peaks, part_weights);
       }
     }
-    kernels_.attention.finish(sum, weight, layer.head_dim, out + head * layer.head_dim);
+    for (size_t i = 0; i < heads; ++i)
+      kernels_.attention.finish(sums + i * padded, weights[i], layer.head_dim, out + (head + i) * layer.head_dim);
   }
 }
 

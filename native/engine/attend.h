@@ -57,6 +57,7 @@ void Session::attend_tokens(size_t thread, const Attended& to, size_t from, size
     const uint8_t* values;
     const uint8_t* keys = place(slot, kv_head, values);
     AttentionTask task{&to.layout, keys, values, q, dim, queries, begins, stops, to.scale};
+    if (queries > kMaxQueries / 2) task.key_ahead.after = task.value_ahead.after = 0;  // what is read waits for products
     if (to.bias != nullptr) {
       task.bias = biases;
       task.position = positions;
@@ -70,8 +71,7 @@ void Session::attend_tokens(size_t thread, const Attended& to, size_t from, size
         continue;
       }
       kernels_.attention.chunk(task, chunk, parts, part_peak, part_weight, scratch);
-      for (size_t i = 0; i < queries; ++i)
-        kernels_.attention.merge(sums + i * padded, peak + i, weight + i, parts + i * padded, part_peak[i], part_weight[i], padded);
+      kernels_.attention.merge(queries, padded, sums, peak, weight, parts, part_peak, part_weight);
     }
     for (size_t i = 0; i < queries; ++i)
       kernels_.attention.finish(sums + i * padded, weight[i], dim,

@@ -169,7 +169,7 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, 
     const Inputs inputs = prepare(thread, layer.o.cols(), count_, inputs_of({&layer.o}), Site::Output,
                                   [&](size_t token, float* buffer) -> const float* {
                                     if (!splits_chunks(layer)) return attention_.floats() + token * q_stride_;
-                                    merge_one(layer, index, buffer);
+                                    merge_one(layer, index, thread, buffer);
                                     return buffer;
                                   });
     const bool normed_after = layer.after_attention.kind != Norm::Kind::None;

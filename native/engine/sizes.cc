@@ -72,6 +72,7 @@ size_t KvLayout::key_tile_nbytes() const {
   switch (type) {
     case KvType::Float32: return kLanes * head_dim * 4;
     case KvType::Float16: return kLanes * head_dim * 2;
+    case KvType::BFloat16: return (head_dim + 1) / 2 * kLanes * 4;
     default: return padded() / kBlock * key_format().record_nbytes(1);
   }
 }
@@ -79,7 +80,8 @@ size_t KvLayout::key_tile_nbytes() const {
 size_t KvLayout::value_nbytes() const {
   switch (type) {
     case KvType::Float32: return padded() * 4;
-    case KvType::Float16: return padded() * 2;
+    case KvType::Float16:
+    case KvType::BFloat16: return padded() * 2;
     case KvType::Int8: return padded() + padded() / kBlock * 4;
     default: return padded() / 2 + padded() / kBlock * 4;
   }

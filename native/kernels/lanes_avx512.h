@@ -75,10 +75,7 @@ static inline Floats first(int n, Floats a, Floats b) {
 static inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 static inline Ints to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
 // a * 2^n for integral n in [-126, 127].
-static inline Floats scale_by_power(Floats a, Floats n) {
-  __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
-  return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(bits))};
-}
+static inline Floats scale_by_power(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 static inline void store_int8(int8_t* p, Ints a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }

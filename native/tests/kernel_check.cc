@@ -670,7 +670,7 @@ void check_matmuls(Tier tier, const Kernels& found, const Kernels& reference) {
 
 void check_attention(Tier tier, const AttentionKernels& found, const AttentionKernels& reference) {
   struct { const char* name; KvType type; } const types[] = {{"attention on float32", KvType::Float32},
-      {"attention on float16", KvType::Float16}, {"attention on int8", KvType::Int8}, {"attention on int4", KvType::Int4}};
+      {"attention on float16", KvType::Float16}, {"attention on bfloat16", KvType::BFloat16}, {"attention on int8", KvType::Int8}, {"attention on int4", KvType::Int4}};
   for (const auto& [name, type] : types) {
     Case test(tier, name);
     Random random{9};
@@ -719,11 +719,9 @@ void check_attention(Tier tier, const AttentionKernels& found, const AttentionKe
         auto run = [&](const AttentionKernels& kernels, State& a, State& b) {
           kernels.chunk(task, 0, a.out.floats(), a.peak.floats(), a.weight.floats(), a.scratch.floats());
           kernels.chunk(task, 1, b.out.floats(), b.peak.floats(), b.weight.floats(), b.scratch.floats());
-          for (size_t i = 0; i < queries; ++i) {
-            kernels.merge(a.out.floats() + i * padded, a.peak.floats() + i, a.weight.floats() + i, b.out.floats() + i * padded,
-                          b.peak.floats()[i], b.weight.floats()[i], padded);
+          kernels.merge(queries, padded, a.out.floats(), a.peak.floats(), a.weight.floats(), b.out.floats(), b.peak.floats(), b.weight.floats());
+          for (size_t i = 0; i < queries; ++i)
             kernels.finish(a.out.floats() + i * padded, a.weight.floats()[i], dim, b.out.floats() + i * padded);
-          }
         };
         run(found, first, second);
         run(reference, plain_first, plain_second);

@@ -207,7 +207,7 @@ def test_a_decoder_embeds_when_asked(tiny):
     (["no/such/file.gguf", "Hi"], 3, "no/such/file.gguf"),
     (["{tiny}", "Hi", "--memory", "100KB"], 6, "give more"),
     (["{tiny}", "Hi", "--memory", "much"], 2, "90MB"),
-    (["{tiny}", "Hi", "--kv", "int5"], 2, "fp16, int8, int4"),
+    (["{tiny}", "Hi", "--kv", "int5"], 2, "fp16, bf16, int8, int4"),
     (["{tiny}", "Hi", "--format", "int99"], 2, "int4/g32/fp16/min"),
     (["{tiny}", "Hi", "--temperature", "-1"], 2, "temperature"),
     (["{tiny}", "Hi", "--overflow", "later"], 2, "restart"),

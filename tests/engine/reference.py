@@ -163,12 +163,26 @@ def round_bfloat(x: np.ndarray) -> np.ndarray:
 
 
 def round_kv(x: np.ndarray, kv: str) -> np.ndarray:
-    """x: (n, head_dim) as the cache holds it: fp16, or codes of -127..127 or -7..7 per 32 dimensions."""
+    """x: (n, head_dim) as the cache holds it: fp16, bf16, or codes of -127..127 or -7..7 per 32 dimensions."""
     if kv == "fp32":
         return x
     if kv == "fp16":
         return x.astype(np.float16).astype(x.dtype)
+    if kv == "bf16":
+        return round_bfloat(x)
     return round_activations(x, levels=127 if kv == "int8" else 7)
+
+
+def round_weights(score: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Weights (n, positions) rounded to bf16 in chunks of 256 positions, each over its own highest score."""
+    out = np.zeros_like(weight)
+    for start in range(0, score.shape[1], 256):
+        part = score[:, start:start + 256]
+        peak = part.max(axis=1, keepdims=True)
+        some = np.isfinite(peak[:, 0])
+        rounded = round_bfloat(np.exp(part[some] - peak[some]))
+        out[some, start:start + 256] = rounded * np.exp(peak[some] - score[some].max(axis=1, keepdims=True))
+    return out
 
 
 def _across(cross: CrossAttention) -> Attention:
@@ -207,11 +221,15 @@ class _Run:
             kh, vh = round_kv(kh, self.kv), round_kv(vh, self.kv)
             if self.kv in ("int8", "int4"):
                 qh = round_activations(qh)
+            if self.kv == "bf16":
+                qh = round_bfloat(qh)
             score = qh @ kh.T * a.scale
             if a.bias is not None:
                 score = score + a.bias.table[of, head]
             score = np.where(visible, score, -np.inf)
             weight = np.exp(score - score.max(axis=1, keepdims=True))
+            if self.kv == "bf16":
+                weight = round_weights(score, weight)
             out[:, head * d:(head + 1) * d] = (weight / weight.sum(axis=1, keepdims=True)) @ vh
         return self.linear(a.o, out)
 

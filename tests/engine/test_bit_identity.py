@@ -59,7 +59,7 @@ def tier(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("kv", ["fp16", "int8"])
+@pytest.mark.parametrize("kv", ["fp16", "bf16", "int8"])
 @pytest.mark.parametrize("name", PLANS)
 def test_threads_passes_and_neighbours(name, kv, tier):
     plan, ids = PLANS[name], ids_for(PLANS[name], N)
@@ -71,7 +71,7 @@ def test_threads_passes_and_neighbours(name, kv, tier):
         assert np.array_equal(found, expected), step
 
 
-@pytest.mark.parametrize("kv", ["fp16", "int8", "int4", "fp32"])
+@pytest.mark.parametrize("kv", ["fp16", "bf16", "int8", "int4", "fp32"])
 @pytest.mark.parametrize("name", PLANS)
 def test_sequences_side_by_side(name, kv, tier):
     """Three sequences of different lengths, one token of each in turn, then in runs."""
@@ -129,7 +129,7 @@ def test_the_bits_are_those_of_the_right_answer(name):
     assert miss.max() < 2e-2
 
 
-@pytest.mark.parametrize("kv", ["fp16", "int8"])
+@pytest.mark.parametrize("kv", ["fp16", "bf16", "int8"])
 @pytest.mark.parametrize("name", ANSWERED)
 def test_answers_to_a_text(name, kv, tier):
     """Threads, passes, and how the text's keys were made."""

@@ -83,7 +83,7 @@ def test_float32(name):
         assert miss(found, expected) > MISS * FLOAT32, mutation
 
 
-@pytest.mark.parametrize("kv", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("kv", ["fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "llama head size", "llama one key head", "mistral"])
 def test_rounded_caches(name, kv):
     checkpoint, ids, expected = case(name)

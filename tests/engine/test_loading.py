@@ -246,7 +246,8 @@ def test_the_tier_is_the_one_asked_for(name, monkeypatch):
 @pytest.mark.parametrize(("options", "message"), [
     ({"threads": 0}, "threads is 1 to 256; given 0"), ({"threads": 300}, "given 300"),
     ({"slots": 0}, "at least one sequence; given slots=0"), ({"context": 0}, "at least one position; given 0"),
-    ({"kv": "int3"}, "KV format 'int3': expected fp16, int8, int4, fp32"), ({"format": "int4/x"}, "granularity 'x'"),
+    ({"kv": "int3"}, "KV format 'int3': expected fp16, bf16, int8, int4, fp32"),
+        ({"format": "int4/x"}, "granularity 'x'"),
     ({"format": "q4"}, "not of the form")])
 def test_wrong_options(options, message):
     with collect_notices(), pytest.raises(InvalidValueError, match=message):

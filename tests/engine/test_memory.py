@@ -19,7 +19,7 @@ from edgewise.measure.memory import run_child
 INTERPRETER_BYTES = 90e6
 """What the process may add to weights, KV and scratch: design.md."""
 
-KV = ["fp32", "fp16", "int8", "int4"]
+KV = ["fp32", "bf16", "fp16", "int8", "int4"]
 PLANS = {
     "plain": decoder(), "wide heads": decoder(heads=3, kv_heads=1, head_dim=80, layers=2, ffn=300),
     "large vocabulary": decoder(vocab=140_000, hidden=16), "encoder": encoder(),

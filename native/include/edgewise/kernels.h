@@ -10,7 +10,8 @@ namespace edgewise {
 struct Ahead {
   static constexpr ptrdiff_t kDistance = 6144;
   const uint8_t* turn = nullptr;
-  ptrdiff_t before = 0, after = kDistance;
+  ptrdiff_t before = 0, after = kDistance;  // after is 0 where nothing is to be fetched
+  EDGEWISE_INLINE bool fetches() const { return after != 0; }
   EDGEWISE_INLINE const uint8_t* of(const uint8_t* p) const { return p + (p < turn ? before : after); }
   // With several tokens the same bytes are read once for each tile of them, and every tile fetches a part of what comes
   // next, at an even pace: later + (p - base) / 2^shift.
@@ -35,8 +36,9 @@ using MatmulKernel = void (*)(const PackedMatrix& w, size_t panel, size_t panels
 
 enum class Gate { Silu, Gelu, GeluTanh, Relu };
 
-// Keys and values of one head: positions in tiles of 16 (keys) and one after the other (values).
-enum class KvType : uint8_t { Float32, Float16, Int8, Int4 };
+// Keys and values of one head: positions in tiles of 16 (keys) and one after the other (values). Of bfloat16, keys lie in
+// pairs of dimensions and values in pairs of positions, as products take them.
+enum class KvType : uint8_t { Float32, Float16, BFloat16, Int8, Int4 };
 
 struct KvLayout {
   KvType type = KvType::Float16;
@@ -94,8 +96,9 @@ struct AttentionKernels {
   void (*store_value)(const KvLayout& layout, const float* value, size_t position, uint8_t* values);
   // One chunk: out (queries, padded head_dim) unnormalised, peak and weight (queries). scratch: kAttentionScratch floats.
   void (*chunk)(const AttentionTask& task, size_t chunk, float* out, float* peak, float* weight, float* scratch);
-  // Merge a later partial into an earlier one; finish multiplies by 1 / weight.
-  void (*merge)(float* out, float* peak, float* weight, const float* later, float later_peak, float later_weight, size_t n);
+  // Merge later partials of up to kMaxQueries queries, rows of n values, into earlier ones; finish divides by the weight.
+  void (*merge)(size_t queries, size_t n, float* out, float* peak, float* weight, const float* later, const float* later_peak,
+                const float* later_weight);
   void (*finish)(const float* sum, float weight, size_t n, float* out);
 };
 inline constexpr size_t kAttentionScratch = kMaxQueries * kChunk + kLanes * kMaxHeadDim;

@@ -186,7 +186,7 @@ class Session {
   void gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase, Inputs* down);
   bool splits_chunks(const Layer& layer) const;
   void attend_one(const Layer& layer, size_t index, size_t thread);
-  void merge_one(const Layer& layer, size_t index, float* out) const;
+  void merge_one(const Layer& layer, size_t index, size_t thread, float* out) const;
   void attend_many(const Layer& layer, size_t index, size_t thread);
   template <class Place, class Range, class Turn>
   void attend_tokens(size_t thread, const Attended& to, size_t from, size_t until, size_t kv_head, size_t pass, Place place, Range range,

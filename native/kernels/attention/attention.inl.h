@@ -151,60 +151,8 @@ void weigh_values(const AttentionTask& task, size_t from, size_t to, size_t chun
   for (; d < task.layout->padded(); d += kLanes) weigh_parts<Queries, 1, Type>(task, from, to, d, weights, out);
 }
 
-// The positions of a chunk that any query sees, [from, to) and the tiles they lie in. Empty: from >= to.
-struct Seen {
-  size_t start, from, to;
-  Seen(const AttentionTask& task, size_t chunk) : start(chunk * kChunk), from(start + kChunk), to(start) {
-    for (size_t i = 0; i < task.queries; ++i) {
-      const size_t b = static_cast<size_t>(task.begin[i]), e = static_cast<size_t>(task.end[i]);
-      if (b >= e) continue;
-      if (b < from) from = b;
-      if (e > to) to = e;
-    }
-    if (from < start) from = start;
-    if (to > start + kChunk) to = start + kChunk;
-  }
-  bool empty() const { return from >= to; }
-  size_t first_tile() const { return from / kLanes; }
-  size_t last_tile() const { return (to + kLanes - 1) / kLanes; }
-};
-
-// A query's scores over whole tiles become e^(score - peak), zero where it does not see; their sum. Without a position that
-// it sees, the peak is kHidden.
-inline void soften(const Seen& seen, long begin, long end, float* row, float* peak, float* weight) {
-  const Floats hidden = set1(kHidden);
-  const size_t first_tile = seen.first_tile(), last_tile = seen.last_tile();
-  Floats highest = hidden;
-  for (size_t tile = first_tile; tile < last_tile; ++tile) {
-    const long at = static_cast<long>(tile * kLanes);
-    float* lane = row + (tile * kLanes - seen.start);
-    Floats s = load(lane);
-    if (end < at + static_cast<long>(kLanes)) s = first(static_cast<int>(end > at ? end - at : 0), s, hidden);
-    if (begin > at) s = first(static_cast<int>(begin - at < 16 ? begin - at : 16), hidden, s);
-    store(lane, s);
-    highest = max(highest, s);
-  }
-  *peak = reduce_max(highest);
-  *weight = 0.0f;
-  if (*peak == kHidden) {
-    for (size_t tile = first_tile; tile < last_tile; ++tile) store(row + (tile * kLanes - seen.start), zero());
-    return;
-  }
-  // Lanes start at fixed positions of the chunk, so a query's sum does not depend on its neighbours' positions:
-  // tiles outside its own range add exact zeros.
-  Floats total = zero();
-  for (size_t tile = first_tile; tile < last_tile; ++tile) {
-    const long at = static_cast<long>(tile * kLanes);
-    float* lane = row + (tile * kLanes - seen.start);
-    Floats e = exponential(sub(load(lane), set1(*peak)));
-    // exp clamps its argument, so hidden lanes are set to zero by position, not by value.
-    if (end < at + static_cast<long>(kLanes)) e = first(static_cast<int>(end > at ? end - at : 0), e, zero());
-    if (begin > at) e = first(static_cast<int>(begin - at < 16 ? begin - at : 16), zero(), e);
-    store(lane, e);
-    total = add(total, e);
-  }
-  *weight = reduce_add(total);
-}
+#include "kernels/attention/softmax.inl.h"
+#include "kernels/attention/bfloat.inl.h"
 
 template <int Queries, KvType Type>
 void chunk_of(const AttentionTask& task, size_t chunk, float* out, float* peak, float* weight, float* scratch) {
@@ -214,12 +162,20 @@ void chunk_of(const AttentionTask& task, size_t chunk, float* out, float* peak, 
     return;
   }
   float* scores = scratch;
+  if constexpr (Type == KvType::BFloat16) {
+    uint16_t* q = reinterpret_cast<uint16_t*>(scratch + kMaxQueries * kChunk);  // the queries, and the weights, in bfloat16
+    uint16_t* weights = q + kMaxQueries * kMaxHeadDim;
+    bfloat_scores<Queries>(task, seen.first_tile(), seen.last_tile(), scores, q);
+    if (task.bias != nullptr) add_bias(task, seen.first_tile(), seen.last_tile(), scores);
+    soften_all<RoundedWeights>(task, seen, scores, weights, peak, weight);
+    return weigh_pairs<Queries>(task, seen.from / 2 * 2, seen.to, seen.start, weights, out);
+  }
   if constexpr (Type == KvType::Float32 || Type == KvType::Float16)
     float_scores<Queries, Type>(task, seen.first_tile(), seen.last_tile(), scores);
   else
     quantised_scores(task, seen.first_tile(), seen.last_tile(), scores, scratch + kMaxQueries * kChunk);
   if (task.bias != nullptr) add_bias(task, seen.first_tile(), seen.last_tile(), scores);
-  for (int i = 0; i < Queries; ++i) soften(seen, task.begin[i], task.end[i], scores + i * kChunk, peak + i, weight + i);
+  soften_all<FloatWeights>(task, seen, scores, scores, peak, weight);
   weigh_values<Queries, Type>(task, seen.from, seen.to, seen.start, scores, out);
 }
 
@@ -228,6 +184,7 @@ void chunk_of_type(const AttentionTask& task, size_t chunk, float* out, float* p
   switch (task.layout->type) {
     case KvType::Float32: return chunk_of<Queries, KvType::Float32>(task, chunk, out, peak, weight, scratch);
     case KvType::Float16: return chunk_of<Queries, KvType::Float16>(task, chunk, out, peak, weight, scratch);
+    case KvType::BFloat16: return chunk_of<Queries, KvType::BFloat16>(task, chunk, out, peak, weight, scratch);
     case KvType::Int8: return chunk_of<Queries, KvType::Int8>(task, chunk, out, peak, weight, scratch);
     default: return chunk_of<Queries, KvType::Int4>(task, chunk, out, peak, weight, scratch);
   }
@@ -245,21 +202,29 @@ void attend_chunk(const AttentionTask& task, size_t chunk, float* out, float* pe
   }
 }
 
-void merge(float* out, float* peak, float* weight, const float* later, float later_peak, float later_weight, size_t n) {
-  if (later_peak == kHidden) return;
-  if (*peak == kHidden) {
-    for (size_t i = 0; i < n; i += kLanes) store(out + i, load(later + i));
-    *peak = later_peak;
-    *weight = later_weight;
-    return;
+void merge(size_t queries, size_t n, float* out, float* peak, float* weight, const float* later, const float* later_peak,
+           const float* later_weight) {
+  float before[kLanes] = {}, after[kLanes] = {}, tops[kLanes];
+  for (size_t i = 0; i < queries; ++i) {
+    tops[i] = peak[i] > later_peak[i] ? peak[i] : later_peak[i];
+    if (peak[i] == kHidden || later_peak[i] == kHidden) continue;
+    before[i] = peak[i] - tops[i];
+    after[i] = later_peak[i] - tops[i];
   }
-  const float top = *peak > later_peak ? *peak : later_peak;
-  float factors[kLanes] = {*peak - top, later_peak - top};
-  store(factors, exponential(load(factors)));
-  const Floats a = set1(factors[0]), b = set1(factors[1]);
-  for (size_t i = 0; i < n; i += kLanes) store(out + i, fma(load(later + i), b, mul(load(out + i), a)));
-  *weight = *weight * factors[0] + later_weight * factors[1];
-  *peak = top;
+  store(before, exponential(load(before)));
+  store(after, exponential(load(after)));
+  for (size_t i = 0; i < queries; ++i, out += n, later += n) {
+    if (later_peak[i] == kHidden) continue;
+    if (peak[i] == kHidden) {
+      for (size_t d = 0; d < n; d += kLanes) store(out + d, load(later + d));
+      weight[i] = later_weight[i];
+    } else {
+      const Floats a = set1(before[i]), b = set1(after[i]);
+      for (size_t d = 0; d < n; d += kLanes) store(out + d, fma(load(later + d), b, mul(load(out + d), a)));
+      weight[i] = weight[i] * before[i] + later_weight[i] * after[i];
+    }
+    peak[i] = tops[i];
+  }
 }
 
 void finish(const float* sum, float weight, size_t n, float* out) {
@@ -267,79 +232,7 @@ void finish(const float* sum, float weight, size_t n, float* out) {
   for (size_t i = 0; i < n; i += kLanes) store_tail(out + i, mul(load(sum + i), share), n - i);
 }
 
-void store_key(const KvLayout& layout, const float* key, size_t position, uint8_t* keys) {
-  uint8_t* tile = keys + position / kLanes * layout.key_tile_nbytes();
-  const size_t lane = position % kLanes, dim = layout.head_dim;
-  if (layout.type == KvType::Float32) {
-    float* k = reinterpret_cast<float*>(tile) + lane;
-    for (size_t d = 0; d < dim; ++d) k[d * kLanes] = key[d];
-    return;
-  }
-  if (layout.type == KvType::Float16) {
-    uint16_t* k = reinterpret_cast<uint16_t*>(tile) + lane;
-    for (size_t d = 0; d < dim; d += kLanes) {
-      uint16_t half[kLanes];
-      store_half(half, load_tail(key + d, dim - d));
-      for (size_t i = 0; i < kLanes && d + i < dim; ++i) k[(d + i) * kLanes] = half[i];
-    }
-    return;
-  }
-  // A packed panel of one record per block: sixteen float scales, then the codes.
-  const PackedFormat format = layout.key_format();
-  const size_t block_nbytes = format.block_nbytes();
-  for (size_t d = 0; d < dim; d += kBlock) {
-    float* scales = reinterpret_cast<float*>(tile);
-    uint8_t* codes = tile + 4 * kLanes;
-    float peak = 0.0f;
-    const size_t count = dim - d < kBlock ? dim - d : kBlock;
-    for (size_t i = 0; i < count; ++i) peak = __builtin_fabsf(key[d + i]) > peak ? __builtin_fabsf(key[d + i]) : peak;
-    const float levels = layout.type == KvType::Int8 ? 127.0f : 7.0f;
-    const float scale = peak >= kSmallestPeak ? peak / levels : 1.0f;
-    scales[lane] = scale;
-    for (size_t i = 0; i < kBlock; ++i) {
-      const int q = i < count ? static_cast<int>(__builtin_rintf(key[d + i] / scale)) : 0;
-      if (layout.type == KvType::Int8) {
-        codes[i / 4 * 64 + lane * 4 + i % 4] = static_cast<uint8_t>(q + 128);
-      } else {
-        uint8_t& pair = codes[i / 8 * 64 + lane * 4 + i % 4];
-        const uint8_t code = static_cast<uint8_t>(q + 8);
-        pair = i % 8 < 4 ? static_cast<uint8_t>((pair & 0xF0) | code) : static_cast<uint8_t>((pair & 0x0F) | (code << 4));
-      }
-    }
-    tile += 4 * kLanes + block_nbytes;
-  }
-}
-
-void store_value(const KvLayout& layout, const float* value, size_t position, uint8_t* values) {
-  uint8_t* p = values + position * layout.value_nbytes();
-  const size_t dim = layout.head_dim, padded = layout.padded();
-  if (layout.type == KvType::Float32 || layout.type == KvType::Float16) {
-    for (size_t d = 0; d < padded; d += kLanes) {
-      const Floats v = d < dim ? load_tail(value + d, dim - d) : zero();
-      if (layout.type == KvType::Float32)
-        store(reinterpret_cast<float*>(p) + d, v);
-      else
-        store_half(reinterpret_cast<uint16_t*>(p) + d, v);
-    }
-    return;
-  }
-  const bool wide = layout.type == KvType::Int8;
-  float* scales = reinterpret_cast<float*>(p + (wide ? padded : padded / 2));
-  for (size_t d = 0; d < padded; d += kBlock) {
-    const size_t count = dim > d ? (dim - d < kBlock ? dim - d : kBlock) : 0;
-    float peak = 0.0f;
-    for (size_t i = 0; i < count; ++i) peak = __builtin_fabsf(value[d + i]) > peak ? __builtin_fabsf(value[d + i]) : peak;
-    const float scale = peak >= kSmallestPeak ? peak / (wide ? 127.0f : 7.0f) : 1.0f;
-    scales[d / kBlock] = scale;
-    int q[kBlock];
-    for (size_t i = 0; i < kBlock; ++i) q[i] = i < count ? static_cast<int>(__builtin_rintf(value[d + i] / scale)) : 0;
-    if (wide) {
-      for (size_t i = 0; i < kBlock; ++i) p[d + i] = static_cast<uint8_t>(static_cast<int8_t>(q[i]));
-    } else {
-      for (size_t i = 0; i < kLanes; ++i) p[d / 2 + i] = static_cast<uint8_t>((q[i] + 8) | ((q[i + kLanes] + 8) << 4));
-    }
-  }
-}
+#include "kernels/attention/store.inl.h"
 
 }  // namespace
 

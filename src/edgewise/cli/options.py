@@ -28,7 +28,7 @@ Memory = Annotated[int | None, bytes_option("--memory", help="Most that weights,
                                             "context shrinks to fit.", rich_help_panel=_LOADING, show_default=False)]
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Positions of the context; by default the "
                                              "model's own.", rich_help_panel=_LOADING, show_default=False)]
-Kv = Annotated[str | None, typer.Option("--kv", help="Number format of the KV cache: fp16, int8, int4 or fp32.",
+Kv = Annotated[str | None, typer.Option("--kv", help="Number format of the KV cache: bf16, fp16, int8, int4 or fp32.",
                                         rich_help_panel=_LOADING, show_default=False)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; by default the physical cores that "
                                              "this process may use.", rich_help_panel=_LOADING, show_default=False)]

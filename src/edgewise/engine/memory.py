@@ -27,6 +27,8 @@ def _key_tile_bytes(kv: str, head_dim: int) -> int:
         return 16 * head_dim * 4
     if kv == "fp16":
         return 16 * head_dim * 2
+    if kv == "bf16":
+        return 16 * _up(head_dim, 2) * 2
     codes = 512 if kv == "int8" else 256
     return _up(head_dim, 32) // 32 * (64 + codes)
 
@@ -36,7 +38,7 @@ def _value_bytes(kv: str, head_dim: int) -> int:
     padded = _up(head_dim, 32)
     if kv == "fp32":
         return padded * 4
-    if kv == "fp16":
+    if kv in ("fp16", "bf16"):
         return padded * 2
     return (padded if kv == "int8" else padded // 2) + padded // 32 * 4
 

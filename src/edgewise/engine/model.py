@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["KV_FORMATS", "LanguageModel", "Memory"]
 
 Float32 = NDArray[np.float32]
-KV_FORMATS = ("fp16", "int8", "int4", "fp32")
+KV_FORMATS = ("fp16", "bf16", "int8", "int4", "fp32")
 
 
 @dataclass(frozen=True)
