@@ -89,7 +89,7 @@ def test_quality_alone_takes_the_least_memory_that_reaches_it():
 
 def test_reported_quality_is_that_of_the_model():
     result, _ = fitted(Budget(memory_bytes=parts(60)[1]))
-    source, model = model_of(tiny(), threads=1, kv="fp16"), model_of(result.checkpoint, threads=1)
+    source, model = model_of(tiny(), threads=1, kv="bf16"), model_of(result.checkpoint, threads=1)
     low, high = result.report.quantities[0].spread
     assert low <= result.report["quality"] <= high
     with collect_notices():

@@ -46,12 +46,12 @@ def test_one_group_alone_equals_the_whole_model_with_that_change(tied):
     groups = groups_of(bench.plan)
     candidates = [candidates_of(group, [QuantFormat.parse("int3/g32/fp16/min")]) for group in groups]
     measured = sensitivities(bench, reference, groups, candidates, importance)
-    source = model_of(checkpoint, threads=1, context=64, kv="fp16")
+    source = model_of(checkpoint, threads=1, context=64, kv="bf16")
     for group, choices, (kept, changed) in zip(groups, candidates, measured, strict=True):
         assert kept == 0.0
         tensors = {**checkpoint.tensors, **{name: bench.rounded(group, name, choices[1], importance)
                                             for name in choices[1].replaced}}
-        model = model_of(checkpoint.with_tensors(tensors, Step("test")), threads=1, context=64, kv="fp16")
+        model = model_of(checkpoint.with_tensors(tensors, Step("test")), threads=1, context=64, kv="bf16")
         slow = np.mean([kl_divergence(source.forward(ids), model.forward(ids)) for ids in sample.search])
         assert changed == pytest.approx(slow, rel=1e-4)
         assert changed > 1e-4
@@ -68,7 +68,7 @@ def test_importance_is_the_mean_square_of_each_input():
     checkpoint = tiny_checkpoint(tied=False)
     sample = sample_of(IDS, context=64, tokens=128, checked=64)
     importance = importance_of(checkpoint, sample, 1)
-    model = model_of(checkpoint, threads=1, context=64, kv="fp16")
+    model = model_of(checkpoint, threads=1, context=64, kv="bf16")
     states = np.concatenate([model.states(ids) for ids in sample.search]).astype(np.float64)
     expected = np.square(states).mean(axis=0)
     np.testing.assert_allclose(importance["lm_head.weight"], expected + 1e-3 * expected.mean(), rtol=1e-5)

@@ -53,8 +53,9 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     memory_bytes: cap on weights + KV cache + scratch; the context shrinks to fit when it is not given.
     A model that `edgewise fit` wrote brings its own kv, and its context and memory where neither is given.
     threads: physical cores that this process may use, by default. context: positions, at most the model's own.
-    kv: "fp16" (default), "int8", "int4" or "fp32"; an encoder keeps float32. An encoder-decoder has `context` positions
-    for the text and as many for the answer. slots: sequences held at a time, and by an encoder read at a time.
+    kv: "bf16", "fp16", "fp32", "int8" or "int4", by default as `default_kv` says; in "bf16" queries and the weights of
+    positions are rounded too. An encoder-decoder has `context` positions for the text and as many for the answer.
+    slots: sequences held at a time, and by an encoder read at a time.
     activations: "float32" runs quantised weights on float inputs, slower and without the rounding of "int8".
     cache: map weights packed by an earlier start. tuning: by default what this machine was tuned to.
     Raises SourceError, FormatError, UnsupportedError, BudgetError.
@@ -111,7 +112,7 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
         plan = replace(plan_with(plan, running), head=None if plan.head is None else running(plan.head))
     encoder = plan.kind == "encoder"
     fitted = fitted_run(checkpoint)
-    kv = kv or fitted.kv or ("fp32" if encoder else "fp16")
+    kv = kv or fitted.kv or default_kv(plan)
     if kv not in KV_FORMATS:
         raise InvalidValueError(f"KV format {kv!r}: expected {', '.join(KV_FORMATS)}")
     most: int | None = None
@@ -144,6 +145,18 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
                          tokenizer=tokenizer, template=template, kind=plan.kind, kv=kv, hidden=plan.hidden,
                          vocab=plan.vocab, sites=tuple(sites_of(layer) for layer in plan.layers), encoder=reader,
                          start=plan.start, tuning=tuning)
+
+
+def default_kv(plan: Plan) -> str:
+    """A decoder's cache in bf16; in fp16 where all linears take float32 inputs: attention rounds nothing else then.
+
+    An encoder's keys and values in fp32, and in bf16 where its linears take bfloat16: int8 inputs leave no room below
+    a cosine of 0.999. An encoder-decoder's scores are not divided by the root of the head size: they keep their bits.
+    """
+    inputs = {linear.activation for linear in linears_of(plan)}
+    if plan.kind == "encoder":
+        return "bf16" if "bfloat16" in inputs else "fp32"
+    return "bf16" if plan.kind == "decoder" and inputs != {"float32"} else "fp16"
 
 
 def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:

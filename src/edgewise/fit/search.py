@@ -32,7 +32,7 @@ from edgewise.fit.allocate import front_of
 from edgewise.fit.candidates import LADDER, Candidate, TensorGroup, candidates_of, groups_of
 from edgewise.fit.choose import Choice, Space, choose, context_limit, front_with_kv
 from edgewise.fit.result import Measured, pareto_plot, report_of
-from edgewise.fit.sensitivity import Bench, Sample, importance_of, kl_rows, sample_of, sensitivities
+from edgewise.fit.sensitivity import SOURCE_KV, Bench, Sample, importance_of, kl_rows, sample_of, sensitivities
 from edgewise.formats.cache import write_aside
 from edgewise.formats.folder_writer import check_target, write_folder
 from edgewise.formats.sources import open_checkpoint
@@ -45,7 +45,7 @@ Search = Literal["quick", "full"]
 TOKENS = {"quick": 512, "full": 2048}
 _TRIES = 6
 _KVS = ("int8", "int4")
-"""KV formats beside fp16."""
+"""KV formats beside the source's."""
 _SPEED_TOKENS = 48
 
 
@@ -89,7 +89,7 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
     importance = importance_of(checkpoint, sample, threads)
     reference = bench.reference(sample.search)
     kls = sensitivities(bench, reference, groups, candidates, importance, progress)
-    kvs = {"fp16": 0.0, **{kv: bench.kl(reference, kv=kv) for kv in _KVS}}
+    kvs = {SOURCE_KV: 0.0, **{kv: bench.kl(reference, kv=kv) for kv in _KVS}}
     searched_s = time.perf_counter() - started
 
     space = Space(bench.plan, [front_of(candidates, kls, by) for by in ("packed", "stored")], kvs, threads,
@@ -131,7 +131,7 @@ def _possible(bench: Bench, candidates: Sequence[Sequence[Candidate]], threads: 
     """An impossible memory or storage is an error before anything is measured."""
     zeros = [[0.0] * len(choices) for choices in candidates]
     fronts = [front_of(candidates, zeros, by) for by in ("packed", "stored")]
-    space = Space(bench.plan, fronts, dict.fromkeys(("fp16", *_KVS), 0.0), threads, other_bytes, measured=False)
+    space = Space(bench.plan, fronts, dict.fromkeys((SOURCE_KV, *_KVS), 0.0), threads, other_bytes, measured=False)
     with collect_notices():  # they are given when the choice is made
         choose(space, budget, context)
 
@@ -209,7 +209,7 @@ def _settle(fitted: _Fitted, space: Space, sample: Sample, context: int | None,
     for _ in range(_TRIES):
         choice = choose(space, budget, context, kl_limit=limit)
         result = fitted.checkpoint(choice)
-        source_model = model_of(fitted.source, threads=threads, kv="fp16", context=choice.context)
+        source_model = model_of(fitted.source, threads=threads, kv=SOURCE_KV, context=choice.context)
         model = model_of(result, threads=threads, cache=False)
         before, after = _measured(source_model, model, fitted, choice, sample)
         assert after.kl is not None

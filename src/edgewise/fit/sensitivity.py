@@ -26,7 +26,8 @@ from edgewise.fit.rounding import quantised
 from edgewise.formats.cache import files_key
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["Bench", "Importance", "Reference", "Sample", "importance_of", "kl_rows", "sample_of", "sensitivities"]
+__all__ = ["SOURCE_KV", "Bench", "Importance", "Reference", "Sample", "importance_of", "kl_rows", "sample_of",
+           "sensitivities"]
 
 Progress = Callable[[str, int, int], None]
 Ids = NDArray[np.int32]
@@ -34,6 +35,8 @@ Float32 = NDArray[np.float32]
 Importance = Mapping[str, Float32]
 """Mean square of each input, by the name of the linear that reads it: (in,) float32."""
 
+SOURCE_KV = "bf16"
+"""KV format of the source: what quantised models run in by default."""
 _REFERENCE_BYTES = 128 << 20
 """What the source's logits may take; of a large vocabulary only every second, third, ... position is compared."""
 _BLOCK_ROWS = 16
@@ -117,7 +120,7 @@ def kl_rows(source: Float32, changed: Float32) -> NDArray[np.float64]:
 def importance_of(checkpoint: Checkpoint, sample: Sample, threads: int) -> dict[str, Float32]:
     """Mean square of each linear's inputs over the search windows; of a tied embedding, of the head's inputs."""
     length = sample.search.shape[1]
-    model = model_of(checkpoint, threads=threads, context=length, kv="fp16")
+    model = model_of(checkpoint, threads=threads, context=length, kv=SOURCE_KV)
     stats = model.calibrate([list(map(int, window)) for window in sample.search])
     squares = {name: stats[name].total_square / stats[name].count for name in stats}
     states = np.concatenate([model.states(window) for window in sample.search])
@@ -140,7 +143,7 @@ def _softmax(logits: Float32) -> tuple[Float32, NDArray[np.float64]]:
 class Bench:
     """A source model whose weights can be exchanged one group at a time, all others shared."""
 
-    def __init__(self, checkpoint: Checkpoint, *, threads: int, kv: str = "fp16",
+    def __init__(self, checkpoint: Checkpoint, *, threads: int, kv: str = SOURCE_KV,
                  progress: Progress | None = None) -> None:
         self.plan = plan_of(checkpoint)
         if self.plan.kind != "decoder" or self.plan.head is None:
