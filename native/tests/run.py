@@ -5,8 +5,9 @@ arm   aarch64-linux-gnu-g++ (Debian's g++-aarch64-linux-gnu) and the ziglang whe
 wasm  the ziglang wheel, in the engine of the wasmtime wheel.
 host  the processor of this machine, with c++ and the ziglang wheel.
 
-The program that runs is kernel_check.cc; cmake builds it under build/kernels. Where a tool is missing, the line that
-says so names the package, and nothing counts as passed. The last line is the sum; the exit status is 1 after a failure.
+The program that runs is kernel_check.cc with one check_*.cc for each operator; cmake builds it under build/kernels.
+Where a tool is missing, the line that says so names the package, and nothing counts as passed. The last line is the
+sum; the exit status is 1 after a failure.
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+// Keys and values of every format, and attention to them.
+#include "tests/check.h"
+
+namespace edgewise {
+
+void check_attention(Tier tier, const AttentionKernels& found, const AttentionKernels& reference) {
+  struct { const char* name; KvType type; } const types[] = {{"attention on float32", KvType::Float32},
+      {"attention on float16", KvType::Float16}, {"attention on bfloat16", KvType::BFloat16},
+      {"attention on int8", KvType::Int8}, {"attention on int4", KvType::Int4}};
+  for (const auto& [name, type] : types) {
+    Case test(tier, name);
+    Random random{9};
+    for (size_t dim : {size_t{16}, size_t{33}, size_t{64}, size_t{80}}) {
+      KvLayout layout;
+      layout.type = type;
+      layout.head_dim = dim;
+      const size_t positions = 300, padded = layout.padded();
+      Buffer keys((positions + kLanes - 1) / kLanes * layout.key_tile_nbytes()), key_copy(keys.size);
+      Buffer values(positions * layout.value_nbytes()), value_copy(values.size);
+      for (size_t p = 0; p < positions; ++p) {
+        std::vector<float> row = filled<float>(dim, [&] { return random.value(); });
+        if (p == 9) row.assign(dim, 0.0f);
+        reference.store_key(layout, row.data(), p, keys.data);
+        found.store_key(layout, row.data(), p, key_copy.data);
+        reference.store_value(layout, row.data(), p, values.data);
+        found.store_value(layout, row.data(), p, value_copy.data);
+      }
+      test.buffers(key_copy, keys, "keys");
+      test.buffers(value_copy, values, "values");
+
+      for (size_t queries = 1; queries <= kMaxQueries; queries += dim == 64 ? 1 : 4) {
+        const std::vector<float> q = filled<float>(queries * padded, [&] { return random.value(); });
+        std::vector<int32_t> begin(queries), end(queries);
+        for (size_t i = 0; i < queries; ++i) {
+          end[i] = 1 + random.below(static_cast<int>(positions));
+          begin[i] = random.below(3) == 0 ? random.below(end[i] + 5) : 0;
+          if (queries % 4 == 1) begin[i] = 0, end[i] = i == 2 ? 255 : static_cast<int32_t>(positions);  // most see all
+        }
+        AttentionTask task{&layout, keys.data, values.data, q.data(), padded, queries, begin.data(), end.data(),
+                           1.0f / std::sqrt(static_cast<float>(dim))};
+        // Every other time a bias by distance: tables of all queries side by side, from -reach - 16 to reach + 15.
+        const int reach = 1 + random.below(80);
+        const std::vector<float> table = filled<float>(queries * 2 * (static_cast<size_t>(reach) + kLanes), [&] { return random.value(); });
+        std::vector<const float*> bias(queries);
+        std::vector<int32_t> position(queries);
+        for (size_t i = 0; i < queries; ++i) {
+          bias[i] = table.data() + (2 * i + 1) * (static_cast<size_t>(reach) + kLanes);
+          position[i] = random.below(static_cast<int>(positions));
+        }
+        if (random.below(2)) task.bias = bias.data(), task.position = position.data(), task.reach = reach;
+        struct State {
+          Buffer out, peak, weight, scratch;
+          State(size_t n, size_t padded) : out(4 * n * padded, 0), peak(4 * n, 0), weight(4 * n, 0), scratch(4 * kAttentionScratch, 0) {}
+        };
+        State first(queries, padded), second(queries, padded), plain_first(queries, padded), plain_second(queries, padded);
+        auto run = [&](const AttentionKernels& kernels, State& a, State& b) {
+          kernels.chunk(task, 0, a.out.floats(), a.peak.floats(), a.weight.floats(), a.scratch.floats());
+          kernels.chunk(task, 1, b.out.floats(), b.peak.floats(), b.weight.floats(), b.scratch.floats());
+          kernels.merge(queries, padded, a.out.floats(), a.peak.floats(), a.weight.floats(), b.out.floats(), b.peak.floats(), b.weight.floats());
+          for (size_t i = 0; i < queries; ++i)
+            kernels.finish(a.out.floats() + i * padded, a.weight.floats()[i], dim, b.out.floats() + i * padded);
+        };
+        run(found, first, second);
+        run(reference, plain_first, plain_second);
+        test.floats(first.out.floats(), plain_first.out.floats(), queries * padded, "merged sums");
+        test.floats(first.peak.floats(), plain_first.peak.floats(), queries, "peaks");
+        test.floats(first.weight.floats(), plain_first.weight.floats(), queries, "weights");
+        test.floats(second.out.floats(), plain_second.out.floats(), queries * padded, "outputs");
+      }
+    }
+  }
+}
+
+}  // namespace edgewise
