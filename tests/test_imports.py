@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-LIGHT_ROOMS = ("core", "native", "report", "formats", "measure", "data", "cost", "engine", "fit", "cli")
+LIGHT_ROOMS = ("core", "native", "report", "formats", "measure", "worlds", "data", "cost", "engine", "fit", "cli")
 HEAVY = {"torch", "transformers", "huggingface_hub", "onnx", "onnxruntime", "scipy", "sklearn", "optuna", "pandas",
          "matplotlib", "gguf", "ml_dtypes", "psutil", "pytest", "hypothesis", "starlette", "uvicorn", "llguidance"}
 

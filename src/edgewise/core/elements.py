@@ -19,8 +19,8 @@ from edgewise.core.values import dataclass
 __all__ = [
     "BF16", "E4M3", "E5M2", "E8M0", "ELEMENTS", "FP4", "FP16", "FP32", "INT1", "INT2", "INT3", "INT4", "INT5", "INT6",
     "INT7", "INT8", "NF4", "POSIT4", "POSIT8", "POSIT16", "TERNARY", "UINT1", "UINT2", "UINT3", "UINT4", "UINT5",
-    "UINT6", "UINT7", "UINT8", "NumberFormat", "Rounding", "RoundingTable", "bf16_to_float32", "float32_to_bf16",
-    "int_format", "nested_prefix", "posit_format", "round_to", "rounding_table",
+    "UINT6", "UINT7", "UINT8", "NumberFormat", "Rounding", "RoundingTable", "bf16_to_float32", "float32_table",
+    "float32_to_bf16", "int_format", "nested_prefix", "posit_format", "round_to", "rounding_table",
 ]
 
 Float32 = NDArray[np.float32]
@@ -227,6 +227,14 @@ def rounding_table(fmt: NumberFormat) -> RoundingTable:
     up = np.where(middles == 0, ordered[1:] == 0, codes[1:] % 2 == 0) if fmt.rounding != "nearest" else (
         codes[1:] % 2 == 0)
     return RoundingTable(ordered, codes, np.where(up, np.nextafter(middles, -np.inf), middles), middles, up)
+
+
+@lru_cache(maxsize=64)
+def float32_table(fmt: NumberFormat) -> tuple[Float32, Float32]:
+    """(boundaries, values) of `rounding_table` for float32 numbers: a boundary rounded down decides as the true one."""
+    table = rounding_table(fmt)
+    near = table.boundaries.astype(np.float32)
+    return np.where(near > table.boundaries, np.nextafter(near, np.float32(-np.inf)), near), fmt.decode(table.codes)
 
 
 def int_format(bits: int, *, signed: bool = True, restricted: bool = False) -> NumberFormat:

@@ -1,1 +1,1 @@
-"""Texts and tokenizers: offline defaults, local files."""
+"""Texts, tokenizers and pictures: offline defaults, local files."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewise.core.activation import StaticActivation
-from edgewise.core.elements import BF16, E8M0, FP16, FP32, NumberFormat, int_format, rounding_table
+from edgewise.core.elements import BF16, E8M0, FP16, FP32, NumberFormat, float32_table, int_format, rounding_table
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import Granularity, QuantFormat
 
@@ -75,13 +75,9 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _tables(element: NumberFormat, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Boundaries and values of a format in a dtype. A boundary is rounded down: no number of the dtype notices."""
+    """Boundaries and values of a format in float32 or float64."""
     table = rounding_table(element)
-    boundaries, values = table.boundaries, table.values
-    if dtype == torch.float32:
-        near = boundaries.astype(np.float32)
-        boundaries = np.where(near > boundaries, np.nextafter(near, np.float32(-np.inf)), near)
-        values = element.decode(table.codes)
+    boundaries, values = float32_table(element) if dtype == torch.float32 else (table.boundaries, table.values)
     # Copies: the core's tables are shared, and torch warns of arrays it may not write to.
     return (torch.tensor(np.array(boundaries), dtype=dtype, device=device),
             torch.tensor(np.array(values), dtype=dtype, device=device))
