@@ -103,6 +103,9 @@ METHODS: tuple[Method, ...] = (
     Method("lorc", "LoRC (ZeroQuant-V2)", "Yao et al., 2023, arXiv:2303.08302", "closed", "inputs",
            "int4/g32/fp16/min", _CHANGES + "lorc", _METHODS + "lorc:Lorc",
            "rounding plus a low-rank product of what it did; the engine runs the sum as 16-bit floats"),
+    Method("edgeqat", "EdgeQAT", "Shen et al., 2024, arXiv:2402.10787", "trained", "tokens", "int4/tensor/fp32",
+           "edgewise.train.edgeqat:quantize", "edgewise.train.edgeqat:EdgeQat",
+           "trained with one learned scale per tensor, attention maps and the entropy of queries and keys as guides"),
 )
 
 

@@ -11,6 +11,7 @@ __all__, _opened = front_door(__name__, {
     "export": "graph_of",
     "fake_quant": "EmaRange LearnedClip Lsq LsqPlus StaticAffine fake_quantize per_token round_ste scale_gradient snap "
                   "static_affine",
+    "small_llama": "SmallLlama small_llama",
     "hooks": "TorchStats gather",
     "qat": "Phase Qat QuantizedLayer calibrate prepare quantisable stored_bits train_phases",
     "sensitivity": "Sensitivity layer_scores under_budget weight_error widest_first",
