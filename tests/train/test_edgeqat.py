@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from edgewise.train.small_llama import batches, llama_of
 
 from edgewise.core.activation import activations_of
 from edgewise.core.errors import InvalidValueError, UnsupportedError, collect_notices
@@ -26,6 +25,7 @@ from edgewise.train.edgeqat import (
     quantize,
     train_edgeqat,
 )
+from edgewise.train.small_llama import batches, llama_of
 from tiny_checkpoint import tiny_checkpoint, tiny_encoder
 
 pytestmark = pytest.mark.slow
