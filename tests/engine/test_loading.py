@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,7 @@ from edgewise.engine import packing
 from edgewise.engine.archs import plan_of
 from edgewise.engine.loading import formatted, load, model_of, requantised
 from edgewise.formats.gguf_file import GgufFile
+from edgewise.formats.sources import open_checkpoint
 from edgewise.native.probe import tiers
 
 IDS = list(range(5, 45))
@@ -45,8 +47,20 @@ def path(tmp_path):
     return str(gguf_file(tmp_path / "tiny.gguf"))
 
 
+def with_tokenizer(checkpoint):
+    return replace(checkpoint, metadata={**checkpoint.metadata, "tokenizer": b"{}"})
+
+
+def packed_files(home):
+    """What lies in the cache once every thread has named what it packed."""
+    for thread in threading.enumerate():
+        if thread.name == "packing":
+            thread.join()
+    return list(home.glob("*.bin"))
+
+
 def packed_file(home):
-    found = list(home.glob("*.bin"))
+    found = packed_files(home)
     assert len(found) == 1
     return found[0]
 
@@ -88,7 +102,7 @@ class TestCache:
         with collect_notices() as notices, pytest.raises(FormatError, match="NaN or infinite"):
             load(str(path), threads=1)
         assert not [item for item in notices if item.kind == "degraded"]
-        assert not list(home.glob("*.bin"))
+        assert not packed_files(home)
 
     def test_collection_of_garbage_goes_on_after_loading(self, path, home):
         assert gc.isenabled()
@@ -116,11 +130,56 @@ class TestCache:
         assert np.array_equal(model.forward(IDS), expected)
         assert packed_file(home).read_bytes() == whole
 
+    def test_weights_are_used_before_their_file_is_on_the_disk(self, path, home, monkeypatch):
+        synced = threading.Event()
+        sync = os.fsync
+
+        def slow(handle):
+            if os.fstat(handle).st_size > 100_000:
+                assert synced.wait(60)
+            sync(handle)
+
+        monkeypatch.setattr("edgewise.formats.cache.os.fsync", slow)
+        model = load(path, threads=1)
+        answered = model.forward(IDS)
+        assert model.packed.cached
+        assert not list(home.glob("*.bin"))
+        synced.set()
+        assert packed_file(home) == model.packed.file
+        assert np.array_equal(load(path, threads=1).forward(IDS), answered)
+
+    def test_a_file_that_fails_at_its_end_is_a_notice(self, path, home, monkeypatch):
+        def full(*_):
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr("edgewise.formats.cache.os.replace", full)
+        with collect_notices() as notices:
+            model = load(path, threads=1)
+            assert packed_files(home) == []
+        assert "could not be kept" in notices[-1].message
+        assert list(home.glob(".*.part")) == []
+        assert np.array_equal(model.forward(IDS), load(path, threads=1, cache=False).forward(IDS))
+
+    def test_packing_is_given_up_where_loading_fails(self, path, home, monkeypatch):
+        begun, failed = threading.Event(), threading.Event()
+        monkeypatch.setattr(packing, "_fill", lambda *arguments: (begun.set(), failed.wait(60), arguments[-1]()))
+
+        def fail(_):
+            assert begun.wait(60)
+            raise FormatError("no tokenizer")
+
+        monkeypatch.setattr("edgewise.engine.loading.tokenizer_of", fail)
+        with pytest.raises(FormatError, match="no tokenizer"):
+            model_of(with_tokenizer(open_checkpoint(path)), threads=1)
+        failed.set()
+        assert packed_files(home) == []
+        assert list(home.glob(".*.part")) == []
+
     def test_another_model_has_another_file(self, path, home, tmp_path):
         load(path, threads=1)
         load(str(gguf_file(tmp_path / "other.gguf", seed=9)), threads=1)
         load(str(gguf_file(tmp_path / "smaller.gguf", "Q4_0")), threads=1)
-        assert len(list(home.glob("*.bin"))) == 3
+        assert len(packed_files(home)) == 3
 
     def test_a_changed_file_is_packed_again(self, path, home, tmp_path):
         old = load(path, threads=1).forward(IDS)
@@ -152,7 +211,7 @@ class TestCache:
 
         monkeypatch.setattr(packing.os, "posix_fallocate", full)
         self.assert_works_with_a_notice(path)
-        assert list(home.glob("*.bin*")) == []
+        assert packed_files(home) == []
         with collect_notices(strict=True), pytest.raises(StrictError, match="packed weights could not be cached"):
             load(path, threads=1)
 

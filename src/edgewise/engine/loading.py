@@ -22,7 +22,7 @@ from edgewise.engine.archs import plan_of
 from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel, native_errors
-from edgewise.engine.packing import Recipe, layout_of, pack_all, read_ahead, recipe_of, unique
+from edgewise.engine.packing import Recipe, layout_of, pack_all, packing, recipe_of, unique
 from edgewise.engine.plan import Activation, Experts, Layer, Linear, Plan, for_context, plan_with
 from edgewise.engine.tuning import Tuning, stored_tuning
 from edgewise.formats.cache import files_key
@@ -125,14 +125,14 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
         batch = batch or tuning.batch
     context, batch = divide_memory(plan, weight_bytes, kv, memory_bytes, context, batch, slots, threads, most=most)
 
-    key = files_key(checkpoint.files) if cache and checkpoint.files and format is None else None
-    fetched = read_ahead(recipes, key)
-    # Before the weights are there: building a tokenizer takes several times what it keeps.
-    tokenizer: Tokenizer | None = tokenizer_of(checkpoint) if "tokenizer" in checkpoint.metadata else None
-    template = None if tokenizer is None or plan.kind != "decoder" else chat_template_of(checkpoint, tokenizer)
-    plan = for_context(plan, context)
-    fetched()
-    packed = pack_all(recipes, key=key, huge_pages=tuning.huge_pages is not False, progress=progress)
+    files = checkpoint.files if cache and format is None else ()
+    with packing(recipes, key=(lambda: files_key(files)) if files else None,
+                 huge_pages=tuning.huge_pages is not False, progress=progress) as packing_done:
+        # Before the weights are mapped: building a tokenizer takes several times what it keeps.
+        tokenizer: Tokenizer | None = tokenizer_of(checkpoint) if "tokenizer" in checkpoint.metadata else None
+        template = None if tokenizer is None or plan.kind != "decoder" else chat_template_of(checkpoint, tokenizer)
+        plan = for_context(plan, context)
+        packed = packing_done()
     model = build_model(plan, packed, names)
     with native_errors():
         reader, source = None, 0

@@ -13,10 +13,11 @@ import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +35,11 @@ from edgewise.engine.layouts import (
     write_codes,
     write_sparse,
 )
-from edgewise.formats.cache import cache_root, locked, write_aside
+from edgewise.formats.cache import Progress, cache_root, locked, write_aside
 from edgewise.formats.mapped import release_pages
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["PackedWeights", "Recipe", "layout_of", "pack_all", "pack_one", "packed_nbytes", "read_ahead",
-           "recipe_of"]
+__all__ = ["PackedWeights", "Recipe", "layout_of", "pack_all", "pack_one", "packed_nbytes", "packing", "recipe_of"]
 
 Bytes = NDArray[np.uint8]
 LAYOUT_VERSION = 3
@@ -51,7 +51,7 @@ _PANEL_ROWS = 16
 _SLAB_VALUES = 1 << 21
 """Codes unpacked at a time while packing."""
 _FETCHED_BYTES = 16 << 20
-"""Read ahead at a time."""
+"""Read of the cache at a time."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,13 @@ def _by_slabs(shape: tuple[int, ...], layout: Layout, kind: str,
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """Packed weights by name, over one buffer. nbytes: of the buffer; cached: it is a mapped file of the cache."""
+    """Packed weights by name, over one buffer of nbytes. cached: it is a mapped file of the cache, namely `file`."""
 
     matrices: Mapping[str, Any]
     nbytes: int
     cached: bool
     buffer: Bytes
+    file: Path | None = None
 
     def map_now(self) -> None:
         """Map every page of the file at once, which takes an eighth of the time of doing so one by one.
@@ -202,41 +203,143 @@ def layout_of(recipes: Mapping[str, Recipe]) -> tuple[dict[str, int], int]:
 
 
 def pack_all(recipes: Mapping[str, Recipe], *, key: str | None, huge_pages: bool = True,
-             progress: Callable[[str, int, int], None] | None = None) -> PackedWeights:
+             progress: Progress | None = None) -> PackedWeights:
     """Pack every weight, or map what an earlier load packed.
 
-    key: identifies the source files; None packs into memory. A cache that cannot be written is a notice, not an error.
-    huge_pages: ask for them.
+    key: identifies the source files; None packs into memory. huge_pages: ask for them.
+    """
+    known = None if key is None else (lambda: key)
+    with packing(recipes, key=known, huge_pages=huge_pages, progress=progress) as packed:
+        return packed()
+
+
+@contextmanager
+def packing(recipes: Mapping[str, Recipe], *, key: Callable[[], str] | None, huge_pages: bool = True,
+            progress: Progress | None = None) -> Iterator[Callable[[], PackedWeights]]:
+    """As `pack_all`, beside what the block does: yields what waits for the weights.
+
+    key is asked for in a thread, which then maps and reads what an earlier load packed, or packs. The weights are there
+    before their file is: the thread syncs and names it while they are used, and a process ends after that. Leaving the
+    block with an error gives up packing. A cache that cannot be written is a notice, not an error.
     """
     offsets, total = layout_of(recipes)
-    buffer: Bytes | None = None
-    if key is not None:
-        path = _cache_file(key, recipes)
+    beside = None if key is None else _Beside(recipes, offsets, total, key, huge_pages, progress)
+
+    def packed() -> PackedWeights:
+        file, buffer = (None, None) if beside is None else beside.wait()
+        if buffer is None:
+            region = mmap.mmap(-1, max(total, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if huge_pages:
+                _ask_for_huge_pages(region)
+            buffer = np.frombuffer(region, np.uint8)
+            _fill(buffer, recipes, offsets, total, progress)
+        matrices = {
+            name: _core.PackedMatrix(r.format, r.rows, r.cols, buffer[offsets[name]:offsets[name] + r.nbytes])
+            for name, r in recipes.items()
+        }
+        return PackedWeights(matrices, total, file is not None, buffer, file)
+
+    try:
+        yield packed
+    except BaseException:
+        if beside is not None:
+            beside.given_up.set()
+        raise
+
+
+class _Beside:
+    """Weights that a thread maps from the cache, or packs into it."""
+
+    def __init__(self, recipes: Mapping[str, Recipe], offsets: Mapping[str, int], total: int, key: Callable[[], str],
+                 huge_pages: bool, progress: Progress | None) -> None:
+        self._recipes, self._offsets, self._total, self._key = recipes, offsets, total, key
+        self._huge_pages, self._progress = huge_pages, progress
+        self._there, self.given_up = threading.Event(), threading.Event()
+        self._path: Path | None = None
+        self._buffer: Bytes | None = None
+        self._error: BaseException | None = None
+        # With the caller's context: its notices go where the caller's go. Not a daemon: what was begun is completed.
+        threading.Thread(target=copy_context().run, args=(self._run,), name="packing").start()
+
+    def wait(self) -> tuple[Path | None, Bytes | None]:
+        """The cache file and its bytes; None and None where there can be none."""
+        self._there.wait()
+        error = self._error
+        if error is None:
+            return self._path, self._buffer
+        # A FormatError is of the source: packing into memory would fail as well.
+        if isinstance(error, FormatError) or not isinstance(error, OSError | EdgewiseError):
+            raise error
+        notice("degraded", f"packed weights could not be cached ({error}); they are packed again at each start",
+               where=str(self._path or "cache"))
+        return None, None
+
+    def _run(self) -> None:
         try:
-            buffer = _mapped(path, total, huge_pages)
-            if buffer is None:
-                with locked(path.with_suffix(".lock")):
-                    buffer = _mapped(path, total, huge_pages)
-                    if buffer is None:
-                        _write_cache(path, recipes, offsets, total, progress)
-                        buffer = _mapped(path, total, huge_pages)
-        except FormatError:  # of the source: packing into memory would fail as well
-            raise
-        except (OSError, EdgewiseError) as error:
-            notice("degraded", f"packed weights could not be cached ({error}); they are packed again at each start",
-                   where=str(path))
-    cached = buffer is not None
-    if buffer is None:
-        region = mmap.mmap(-1, max(total, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if huge_pages:
-            _ask_for_huge_pages(region)
+            self._make()
+        except BaseException as error:
+            if not self._there.is_set():
+                self._error = error
+            elif isinstance(error, OSError | EdgewiseError):  # the weights are in use; it is their file that failed
+                with suppress(EdgewiseError):
+                    notice("degraded", f"packed weights could not be kept ({error}); they will be packed again",
+                           where=str(self._path))
+            else:
+                raise
+        finally:
+            self._there.set()
+
+    def _make(self) -> None:
+        self._path = path = _cache_file(self._key(), self._recipes)
+        if self._mapped():
+            return
+        with locked(path.with_suffix(".lock")):
+            if not self._mapped():
+                with write_aside(path) as file:
+                    self._pack(file)
+                    self._there.set()
+
+    def _mapped(self) -> bool:
+        """Map the cache file if it is there, and bring it into memory.
+
+        A few pages are mapped at a time: building a tokenizer, which goes on beside this, needs memory of its own.
+        """
+        assert self._path is not None
+        region = _mapped_file(self._path, self._total, self._huge_pages)
+        if region is None:
+            return False
+        self._buffer = np.frombuffer(region, np.uint8)
+        if self._total <= _most_in_memory():
+            for start in range(0, self._total, _FETCHED_BYTES):
+                _core.populate(self._buffer[start:start + _FETCHED_BYTES])
+                region.madvise(mmap.MADV_DONTNEED, start, min(_FETCHED_BYTES, self._total - start))
+        return True
+
+    def _pack(self, file: IO[bytes]) -> None:
+        total = self._total
+        # Space is reserved before the file is mapped: a full disk is an error here, and not a signal later.
+        os.posix_fallocate(file.fileno(), 0, total)
+        if os.fstat(file.fileno()).st_size != total:
+            raise OSError(errno.ENOSPC, "no space for the packed weights", str(self._path))
+        # After an error its traceback still holds the array, and a map cannot be closed while an array looks into it.
+        region = mmap.mmap(file.fileno(), total)
+        _ask_for_huge_pages(region)
         buffer = np.frombuffer(region, np.uint8)
-        _fill(buffer, recipes, offsets, total, progress)
-    matrices = {
-        name: _core.PackedMatrix(r.format, r.rows, r.cols, buffer[offsets[name]:offsets[name] + r.nbytes])
-        for name, r in recipes.items()
-    }
-    return PackedWeights(matrices, total, cached, buffer)
+
+        def written() -> None:
+            if self.given_up.is_set():
+                raise InterruptedError("given up")
+            # Pages already written go back to the file: the source is mapped as well, and both would count.
+            region.madvise(mmap.MADV_DONTNEED)
+
+        _fill(buffer, self._recipes, self._offsets, total, self._progress, written)
+        del buffer
+        region.close()
+        # The pages are the file's, under whatever name: they can be used before they are on the disk.
+        kept = mmap.mmap(file.fileno(), total, access=mmap.ACCESS_READ)
+        if self._huge_pages:
+            _ask_for_huge_pages(kept)
+        self._buffer = np.frombuffer(kept, np.uint8)
 
 
 def pack_one(recipe: Recipe) -> Any:
@@ -244,28 +347,6 @@ def pack_one(recipe: Recipe) -> Any:
     buffer = np.zeros(recipe.nbytes, np.uint8)
     recipe.write(buffer)
     return _core.PackedMatrix(recipe.format, recipe.rows, recipe.cols, buffer)
-
-
-def read_ahead(recipes: Mapping[str, Recipe], key: str | None) -> Callable[[], None]:
-    """Bring what an earlier start packed into the page cache, while this process does something else.
-
-    Returns what waits for the end. A few pages are mapped at a time: building a tokenizer needs memory of its own.
-    """
-    if key is None or layout_of(recipes)[1] > _most_in_memory():
-        return lambda: None
-
-    def fetch() -> None:
-        with suppress(OSError, EdgewiseError):  # pack_all says what is wrong
-            region = _mapped_file(_cache_file(key, recipes), layout_of(recipes)[1])
-            if region is None:
-                return
-            for start in range(0, len(region), _FETCHED_BYTES):
-                _core.populate(np.frombuffer(region, np.uint8)[start:start + _FETCHED_BYTES])
-                region.madvise(mmap.MADV_DONTNEED, start, min(_FETCHED_BYTES, len(region) - start))
-
-    thread = threading.Thread(target=fetch, name="read ahead")
-    thread.start()
-    return thread.join
 
 
 def _cache_file(key: str, recipes: Mapping[str, Recipe]) -> Path:
@@ -302,32 +383,8 @@ def _mapped_file(path: Path, nbytes: int, huge_pages: bool = True) -> mmap.mmap 
     return region
 
 
-def _mapped(path: Path, nbytes: int, huge_pages: bool) -> Bytes | None:
-    region = _mapped_file(path, nbytes, huge_pages)
-    if region is None:
-        return None
-    return np.frombuffer(region, np.uint8)
-
-
-def _write_cache(path: Path, recipes: Mapping[str, Recipe], offsets: Mapping[str, int], total: int,
-                 progress: Callable[[str, int, int], None] | None) -> None:
-    with write_aside(path) as file:
-        # Space is reserved before the file is mapped: a full disk is an error here, and not a signal later.
-        os.posix_fallocate(file.fileno(), 0, total)
-        if os.fstat(file.fileno()).st_size != total:
-            raise OSError(errno.ENOSPC, "no space for the packed weights", str(path))
-        # After an error its traceback still holds the array, and a map cannot be closed while an array looks into it.
-        region = mmap.mmap(file.fileno(), total)
-        _ask_for_huge_pages(region)
-        buffer = np.frombuffer(region, np.uint8)
-        # Pages already written go back to the file: the source is mapped as well, and both would count.
-        _fill(buffer, recipes, offsets, total, progress, lambda: region.madvise(mmap.MADV_DONTNEED))
-        del buffer
-        region.close()
-
-
 def _fill(buffer: Bytes, recipes: Mapping[str, Recipe], offsets: Mapping[str, int], total: int,
-          progress: Callable[[str, int, int], None] | None, written: Callable[[], None] | None = None) -> None:
+          progress: Progress | None, written: Callable[[], None] | None = None) -> None:
     for name, recipe in recipes.items():
         start = offsets[name]
         recipe.write(buffer[start:start + recipe.nbytes])
