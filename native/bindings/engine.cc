@@ -86,6 +86,7 @@ void check_layer(const Model& m, const Layer& l, size_t index) {
     shape(c.o, "cross o", m.hidden, c.heads * c.head_dim);
     if (c.norm.weight.size() != m.hidden) fail("the norm before cross-attention does not fit hidden");
   }
+  if ((l.visible == Visible::Sliding || l.visible == Visible::Sinks) && l.window == 0) fail("a window has at least one position");
   if (l.rope >= 0) {
     if (static_cast<size_t>(l.rope) >= m.ropes.size()) fail("rope index out of range");
     if (2 * m.ropes[static_cast<size_t>(l.rope)].inverse_frequency.size() > l.head_dim) fail("rotary dimensions exceed head_dim");
@@ -196,13 +197,13 @@ void bind_engine(nb::module_& m) {
                            const Linear* down, const Norm& attention_norm, const Norm& feed_forward_norm, size_t heads, size_t kv_heads,
                            size_t head_dim, float scale, int rope, const std::string& visible, size_t window, const std::string& function, bool post_norm,
                            const Norm* q_norm, const Norm* k_norm, const Norm* after_attention, const Norm* after_feed_forward,
-                           const Experts* experts, std::shared_ptr<const RelativeBias> bias, const Cross* cross) {
+                           const Experts* experts, std::shared_ptr<const RelativeBias> bias, const Cross* cross, size_t sinks) {
              auto or_absent = [](const Linear* linear) { return linear ? *linear : Linear{}; };
              auto or_none = [](const Norm* norm) { return norm ? *norm : Norm{}; };
              Layer layer{q, k, v, o, or_absent(gate), or_absent(up), or_absent(down), attention_norm, feed_forward_norm, or_none(q_norm), or_none(k_norm),
                          or_none(after_attention), or_none(after_feed_forward), heads, kv_heads, head_dim, scale, rope,
-                         pick<Visible>("policy", visible, {{"causal", Visible::Causal}, {"sliding", Visible::Sliding}, {"full", Visible::Full}}),
-                         window,
+                         pick<Visible>("policy", visible, {{"causal", Visible::Causal}, {"sliding", Visible::Sliding}, {"full", Visible::Full}, {"sinks", Visible::Sinks}}),
+                         window, sinks,
                          function_named(function), post_norm, experts ? std::make_shared<const Experts>(*experts) : nullptr, std::move(bias),
                          cross ? std::make_shared<const Cross>(*cross) : nullptr};
              check_layer(model, layer, model.layers.size());
@@ -211,7 +212,7 @@ void bind_engine(nb::module_& m) {
            "head_dim"_a, "scale"_a, "rope"_a, "visible"_a, "window"_a, "function"_a, "post_norm"_a,
            "q_norm"_a.none() = nb::none(), "k_norm"_a.none() = nb::none(), "after_attention"_a.none() = nb::none(),
            "after_feed_forward"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "bias"_a.none() = nb::none(),
-           "cross"_a.none() = nb::none())
+           "cross"_a.none() = nb::none(), "sinks"_a = 0)
       .def_prop_ro("layers", [](const Model& model) { return model.layers.size(); });
 
   nb::class_<Choice>(m, "Choice").def_ro("token", &Choice::token).def_ro("logprob", &Choice::logprob).def_ro("alternatives", &Choice::alternatives);
@@ -331,6 +332,7 @@ void bind_engine(nb::module_& m) {
            })
       .def("length", &Session::length, "slot"_a)
       .def("truncate", &Session::truncate, "slot"_a, "length"_a)
+      .def("resumable", &Session::resumable, "slot"_a, "length"_a, "The greatest length, at most this, that truncate() takes")
       .def("set_profile", &Session::set_profile, "on"_a, "Count from zero where the time goes, or stop counting")
       .def("profile", [](const Session& s) {
              static constexpr const char* kNames[] = {"embed", "inputs", "qkv", "attention", "out", "gate_up", "down", "experts", "cross",

@@ -16,6 +16,11 @@ RelativeBias::RelativeBias(const float* values, size_t heads, size_t reach) : re
 // Query or key heads as attention compares them: each normed where the layer asks for it, then rotated by halves,
 // (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of the rotary dimensions.
 void Session::turn(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token) const {
+  turn_to(layer, norm, heads, count, token, static_cast<size_t>(positions_[token]));
+}
+
+// position: the token's own, or one below the limit of the tables.
+void Session::turn_to(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token, size_t position) const {
   if (norm.kind != Norm::Kind::None)
     for (size_t h = 0; h < count; ++h) {
       float* x = heads + h * layer.head_dim;
@@ -23,8 +28,9 @@ void Session::turn(const Layer& layer, const Norm& norm, float* heads, size_t co
     }
   if (layer.rope < 0) return;
   const size_t r = static_cast<size_t>(layer.rope), half = model_->ropes[r].inverse_frequency.size();
-  const float* cosine = cosine_[r].data() + static_cast<size_t>(positions_[token]) * half;
-  const float* sine = sine_[r].data() + static_cast<size_t>(positions_[token]) * half;
+  const bool late = position >= rope_limit_;
+  const float* cosine = (late ? late_cosine_[r].data() + token * half : cosine_[r].data() + position * half);
+  const float* sine = (late ? late_sine_[r].data() + token * half : sine_[r].data() + position * half);
   for (size_t h = 0; h < count; ++h) {
     float* x = heads + h * layer.head_dim;
     for (size_t i = 0; i < half; ++i) {
@@ -112,13 +118,15 @@ void Session::merge_one(const Layer& layer, size_t index, size_t thread, float* 
   const auto [first, last] = visible_chunks(layer);
   float* sums = thread_attention_[thread].floats() + kAttentionScratch;
   float peaks[kMaxQueries], weights[kMaxQueries];
+  const int32_t position = positions_[0];
+  const size_t chunks = kept_[index].present ? parts_of(kept_[index], position, position).count() : last - first;
   for (size_t head = 0; head < layer.heads; head += kMaxQueries) {
     const size_t heads = std::min(kMaxQueries, layer.heads - head);
-    for (size_t chunk = first; chunk < last; ++chunk) {
-      const float* part = partial_.floats() + (chunk - first) * layer.heads * (padded + 2);
+    for (size_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* part = partial_.floats() + chunk * layer.heads * (padded + 2);
       const float *values = part + head * padded, *part_peaks = part + layer.heads * padded + head;
       const float* part_weights = part_peaks + layer.heads;
-      if (chunk == first) {
+      if (chunk == 0) {
         std::memcpy(sums, values, heads * padded * sizeof(float));
         std::copy_n(part_peaks, heads, peaks);
         std::copy_n(part_weights, heads, weights);

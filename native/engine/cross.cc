@@ -24,7 +24,7 @@ void Session::add_cross(const Cross* cross, LayerKernels& kernels) {
   kernels.cross_o = kernel_for(cross->o);
   const size_t room = (config_.source + kLanes - 1) / kLanes * kLanes;
   CrossKv& kv = cross_.back();
-  kv.layout = {config_.kv, cross->head_dim};
+  kv.layout = {config_.kv == KvType::Int4 ? KvType::Int8 : config_.kv, cross->head_dim};  // there at once, never packed
   kv.offset = cross_nbytes_;
   kv.key_nbytes = aligned64(room / kLanes * kv.layout.key_tile_nbytes());
   kv.value_nbytes = aligned64(room * kv.layout.value_nbytes());

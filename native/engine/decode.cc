@@ -65,7 +65,7 @@ void Session::plan_reads(size_t thread) {
   for (size_t i = 0; i < model_->layers.size(); ++i) {
     const Layer& layer = model_->layers[i];
     ahead.clear(phase_of(i, kAttend));
-    if (!splits_chunks(layer)) continue;
+    if (!splits_chunks(layer) || kept_[i].present) continue;
     const auto [first, last] = visible_chunks(layer);
     const auto [from, to] = Pool::stretch(layer.kv_heads * (last - first), thread, pool_.in_use());
     for (size_t item = from; item < to; ++item) {

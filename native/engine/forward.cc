@@ -160,7 +160,9 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, 
                           {&layer.v, k.v, v_.floats(), kv_stride_, false}};
     multiply(thread, phase_of(index, kQueriesKeysValues), works, 3, inputs, count_);
     mark(thread, Operator::Attention);
-    if (splits_chunks(layer))
+    if (kept_[index].present)
+      splits_chunks(layer) ? attend_kept_one(layer, index, thread) : attend_kept(layer, index, thread);
+    else if (splits_chunks(layer))
       attend_one(layer, index, thread);
     else
       attend_many(layer, index, thread);

@@ -17,6 +17,23 @@ constexpr size_t padded16(size_t n) { return (n + kLanes - 1) / kLanes * kLanes;
 constexpr size_t aligned64(size_t n) { return (n + 63) / 64 * 64; }
 // Logits are made for groups of rows, so that their buffer stays below this.
 constexpr size_t kLogitsNbytes = 8 << 20;
+
+// Whether every layer has a window, some of them with sinks: positions go on without end.
+bool is_endless(const Model& model) {
+  bool sinks = false;
+  for (const Layer& layer : model.layers) {
+    if (layer.visible != Visible::Sinks && layer.visible != Visible::Sliding) return false;
+    sinks |= layer.visible == Visible::Sinks;
+  }
+  return sinks && model.position_embedding.empty();
+}
+
+// Tables reach as far as positions go, or a cache; what comes later is computed for each pass.
+size_t rope_limit(const Model& model, size_t context) {
+  size_t reach = 0;
+  for (const Layer& layer : model.layers) reach = std::max(reach, layer.sinks + layer.window);
+  return is_endless(model) ? std::min(reach, context) : context;
+}
 }  // namespace
 
 Pages::Pages(size_t nbytes) : nbytes_(nbytes) {
@@ -51,6 +68,8 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   const Model& m = *model_;
   config_.threads = pool_.threads();
   config_.context = std::max<size_t>(config.context, 1);
+  endless_ = is_endless(m);
+  rope_limit_ = rope_limit(m, config_.context);
   const size_t room = padded16(config_.context);  // keys lie in tiles of sixteen positions
   config_.batch = std::max<size_t>(config.batch, 1);
 
@@ -63,10 +82,14 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
       if (linear->present()) max_cols_ = std::max(max_cols_, linear->cols());
     layer_kernels_.push_back({kernel_for(layer.q), kernel_for(layer.k), kernel_for(layer.v), kernel_for(layer.o),
                               kernel_for(layer.gate), kernel_for(layer.up), kernel_for(layer.down)});
-    KvLayout layout{config_.kv, layer.head_dim};
+    // All positions are there before any query where each sees all: they are never packed.
+    const bool at_once = config_.kv == KvType::Int4 && layer.visible == Visible::Full;
+    KvLayout layout{at_once ? KvType::Int8 : config_.kv, layer.head_dim};
     kv_layout_.push_back(layout);
-    key_head_nbytes_.push_back(aligned64(room / kLanes * layout.key_tile_nbytes()));
-    value_head_nbytes_.push_back(aligned64(room * layout.value_nbytes()));
+    add_kept(layer);
+    const Kept& kept = kept_.back();
+    key_head_nbytes_.push_back(kept.present ? kept.nbytes : aligned64(room / kLanes * layout.key_tile_nbytes()));
+    value_head_nbytes_.push_back(kept.present ? 0 : aligned64(room * layout.value_nbytes()));
     kv_offset_.push_back(kv_nbytes);
     kv_nbytes += config_.slots * layer.kv_heads * (key_head_nbytes_.back() + value_head_nbytes_.back());
     q_width = std::max(q_width, layer.heads * layer.head_dim);
@@ -88,11 +111,15 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
       q_width = std::max(q_width, cross.heads * cross.head_dim);
       kv_width = std::max(kv_width, cross.kv_heads * cross.head_dim);
     }
-    const size_t chunks = (config_.context + kChunk - 1) / kChunk;
+    const size_t chunks = kept.present ? kept_parts(layer) : (config_.context + kChunk - 1) / kChunk;
     partial = std::max(partial, layer.heads * chunks * (layout.padded() + 2));
   }
   if (m.head.present()) head_kernel_ = kernel_for(m.head);
   kv_ = Pages(kv_nbytes);
+  if (grouped_) {  // a slot's tokens lie in one group more than they fill, and its last group is stored in place
+    const size_t groups = config_.batch / kKvGroup + std::min(config_.slots, std::max<size_t>(config_.batch / 2, 1));
+    fresh_ = Pages(groups * fresh_nbytes_);
+  }
   cross_kv_ = Pages(cross_nbytes_);
 
   hidden_stride_ = padded16(m.hidden);
@@ -135,9 +162,13 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   reads_.resize(config_.threads);
   for (Reads& reads : reads_) reads.ahead.limit(config_.tuning);
   lengths_.assign(config_.slots, 0);
+  reached_.assign(config_.slots, 0);
+  newest_group_.assign(config_.slots, 0);
   source_lengths_.assign(config_.slots, 0);
   cosine_.resize(m.ropes.size());
   sine_.resize(m.ropes.size());
+  late_cosine_.resize(m.ropes.size());
+  late_sine_.resize(m.ropes.size());
 }
 
 // Of every kind that a linear may want, at the widest.
@@ -148,12 +179,13 @@ size_t Session::inputs_nbytes(size_t tokens, size_t slots) const {
 
 size_t Session::scratch_nbytes() const {
   size_t total = x_.nbytes() + q_.nbytes() + k_.nbytes() + v_.nbytes() + attention_.nbytes() + ffn_.nbytes() + branch_.nbytes() +
-                 router_.nbytes() + expert_inputs_.nbytes() + shared_inputs_.nbytes() + partial_.nbytes() + logits_.nbytes();
+                 router_.nbytes() + expert_inputs_.nbytes() + shared_inputs_.nbytes() + partial_.nbytes() + logits_.nbytes() + fresh_.nbytes();
   for (const Pages& pages : thread_inputs_) total += pages.nbytes();
   for (const Pages& pages : thread_experts_) total += pages.nbytes();
   for (const Pages& pages : thread_rows_) total += pages.nbytes();
   for (const Pages& pages : thread_attention_) total += pages.nbytes();
-  for (const Rope& rope : model_->ropes) total += 2 * rope.inverse_frequency.size() * config_.context * sizeof(float);
+  const size_t turns = rope_limit_ + (rope_limit_ < config_.context ? config_.batch : 0);
+  for (const Rope& rope : model_->ropes) total += 2 * rope.inverse_frequency.size() * turns * sizeof(float);
   return total;
 }
 
@@ -170,28 +202,48 @@ void Session::truncate(size_t slot, size_t length) {
   if (length > lengths_.at(slot))
     throw std::invalid_argument("truncate to " + std::to_string(length) + " positions, but the slot holds " +
                                 std::to_string(lengths_[slot]));
+  if (const size_t most = resumable(slot, length); most < length)
+    throw std::invalid_argument("truncate to " + std::to_string(length) + " positions: what its next token sees was given up; " +
+                                std::to_string(most) + " can be gone on from");
   lengths_[slot] = length;
+  if (length == 0) reached_[slot] = 0;
   have_logits_ = false;
   pending_ = -1;
 }
 
+// Cosine and sine of the angles of a position, (rotary / 2) each.
+static void write_turn(const Rope& rope, size_t position, float* cosine, float* sine) {
+  for (size_t i = 0; i < rope.inverse_frequency.size(); ++i) {
+    const double angle = static_cast<double>(position) * static_cast<double>(rope.inverse_frequency[i]);
+    cosine[i] = static_cast<float>(std::cos(angle) * rope.attention_factor);
+    sine[i] = static_cast<float>(std::sin(angle) * rope.attention_factor);
+  }
+}
+
 void Session::ensure_rope(size_t positions) {
-  if (positions <= rope_positions_) return;
-  // Grow in steps, so that a long generation does not do this for every token.
-  const size_t upto = std::min(config_.context, std::max(positions, rope_positions_ + 512));
+  positions = std::min(positions, rope_limit_);
+  if (positions > rope_positions_) {
+    // Grow in steps, so that a long generation does not do this for every token.
+    const size_t upto = std::min(rope_limit_, std::max(positions, rope_positions_ + 512));
+    for (size_t r = 0; r < model_->ropes.size(); ++r) {
+      const Rope& rope = model_->ropes[r];
+      const size_t half = rope.inverse_frequency.size();
+      cosine_[r].resize(upto * half);
+      sine_[r].resize(upto * half);
+      for (size_t p = rope_positions_; p < upto; ++p) write_turn(rope, p, cosine_[r].data() + p * half, sine_[r].data() + p * half);
+    }
+    rope_positions_ = upto;
+  }
+  if (rope_limit_ == config_.context) return;
   for (size_t r = 0; r < model_->ropes.size(); ++r) {
     const Rope& rope = model_->ropes[r];
     const size_t half = rope.inverse_frequency.size();
-    cosine_[r].resize(upto * half);
-    sine_[r].resize(upto * half);
-    for (size_t p = rope_positions_; p < upto; ++p)
-      for (size_t i = 0; i < half; ++i) {
-        const double angle = static_cast<double>(p) * static_cast<double>(rope.inverse_frequency[i]);
-        cosine_[r][p * half + i] = static_cast<float>(std::cos(angle) * rope.attention_factor);
-        sine_[r][p * half + i] = static_cast<float>(std::sin(angle) * rope.attention_factor);
-      }
+    late_cosine_[r].resize(config_.batch * half);
+    late_sine_[r].resize(config_.batch * half);
+    for (size_t t = 0; t < count_; ++t)
+      if (static_cast<size_t>(positions_[t]) >= rope_limit_)
+        write_turn(rope, static_cast<size_t>(positions_[t]), late_cosine_[r].data() + t * half, late_sine_[r].data() + t * half);
   }
-  rope_positions_ = upto;
 }
 
 void Session::begin(const int32_t* tokens, const int32_t* slots, size_t count) {
@@ -233,6 +285,7 @@ void Session::begin(const int32_t* tokens, const int32_t* slots, size_t count) {
     sequences_.push_back(i);
   }
   if (!sequences_.empty()) sequences_.push_back(count);
+  if (keeps_) order_fresh();
   have_logits_ = false;
   pending_ = -1;
   const Profile::Counting counting(profile_);

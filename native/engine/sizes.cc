@@ -73,7 +73,8 @@ size_t KvLayout::key_tile_nbytes() const {
     case KvType::Float32: return kLanes * head_dim * 4;
     case KvType::Float16: return kLanes * head_dim * 2;
     case KvType::BFloat16: return (head_dim + 1) / 2 * kLanes * 4;
-    default: return padded() / kBlock * key_format().record_nbytes(1);
+    case KvType::Int8: return padded() / kBlock * key_format().record_nbytes(1);
+    default: return kLanes * padded() / 2 + padded() * 4 / (kKvGroup / kLanes);
   }
 }
 
@@ -83,14 +84,14 @@ size_t KvLayout::value_nbytes() const {
     case KvType::Float16:
     case KvType::BFloat16: return padded() * 2;
     case KvType::Int8: return padded() + padded() / kBlock * 4;
-    default: return padded() / 2 + padded() / kBlock * 4;
+    default: return padded() / 2 + 4;
   }
 }
 
 PackedFormat KvLayout::key_format() const {
   PackedFormat format;
   format.element = Element::Integer;
-  format.bits = type == KvType::Int8 ? 8 : 4;
+  format.bits = 8;
   format.scale = ScaleType::Float32;
   return format;
 }

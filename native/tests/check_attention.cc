@@ -14,19 +14,39 @@ void check_attention(Tier tier, const AttentionKernels& found, const AttentionKe
       KvLayout layout;
       layout.type = type;
       layout.head_dim = dim;
-      const size_t positions = 300, padded = layout.padded();
-      Buffer keys((positions + kLanes - 1) / kLanes * layout.key_tile_nbytes()), key_copy(keys.size);
-      Buffer values(positions * layout.value_nbytes()), value_copy(values.size);
+      const bool grouped = type == KvType::Int4;
+      const size_t positions = grouped ? 5 * kKvGroup : 300, padded = layout.padded();
+      KvLayout stored = layout;  // groups are packed from eight bits
+      if (grouped) stored.type = KvType::Int8;
+      Buffer keys((positions + kLanes - 1) / kLanes * stored.key_tile_nbytes()), key_copy(keys.size);
+      Buffer values(positions * stored.value_nbytes()), value_copy(values.size);
       for (size_t p = 0; p < positions; ++p) {
         std::vector<float> row = filled<float>(dim, [&] { return random.value(); });
         if (p == 9) row.assign(dim, 0.0f);
-        reference.store_key(layout, row.data(), p, keys.data);
-        found.store_key(layout, row.data(), p, key_copy.data);
-        reference.store_value(layout, row.data(), p, values.data);
-        found.store_value(layout, row.data(), p, value_copy.data);
+        if (p / kKvGroup == 2) row[1] = 3.0f;  // one value in a whole group of keys
+        reference.store_key(stored, row.data(), p, keys.data);
+        found.store_key(stored, row.data(), p, key_copy.data);
+        reference.store_value(stored, row.data(), p, values.data);
+        found.store_value(stored, row.data(), p, value_copy.data);
       }
       test.buffers(key_copy, keys, "keys");
       test.buffers(value_copy, values, "values");
+      if (grouped) {
+        Buffer packed_keys(positions / kLanes * layout.key_tile_nbytes()), packed_key_copy(packed_keys.size);
+        Buffer packed_values(positions * layout.value_nbytes()), packed_value_copy(packed_values.size);
+        for (size_t p = 0; p < positions; p += kKvGroup) {
+          const size_t at = p / kLanes * stored.key_tile_nbytes(), to = p / kLanes * layout.key_tile_nbytes();
+          auto pack = [&](const AttentionKernels& kernels, Buffer& k, Buffer& v) {
+            kernels.pack_group(stored, keys.data + at, values.data + p * stored.value_nbytes(), k.data + to, v.data + p * layout.value_nbytes());
+          };
+          pack(reference, packed_keys, packed_values);
+          pack(found, packed_key_copy, packed_value_copy);
+        }
+        test.buffers(packed_key_copy, packed_keys, "packed keys");
+        test.buffers(packed_value_copy, packed_values, "packed values");
+        std::swap(keys, packed_keys);
+        std::swap(values, packed_values);
+      }
 
       for (size_t queries = 1; queries <= kMaxQueries; queries += dim == 64 ? 1 : 4) {
         const std::vector<float> q = filled<float>(queries * padded, [&] { return random.value(); });

@@ -89,12 +89,12 @@ def after(parameters: Norm | None, x: np.ndarray) -> np.ndarray:
     return x if parameters is None else norm(parameters, x)
 
 
-def rotate(rope: Rope, x: np.ndarray) -> np.ndarray:
+def rotate(rope: Rope, x: np.ndarray, positions=None) -> np.ndarray:
     """x: (n, head_dim). Dimension i and i + d/2 turn together by position * theta_i (rotate-half layout)."""
     half = len(rope.inverse_frequency)
     y = x.copy()
     for position in range(len(x)):
-        angle = position * rope.inverse_frequency.astype(np.float64)
+        angle = (position if positions is None else positions[position]) * rope.inverse_frequency.astype(np.float64)
         cosine = (np.cos(angle) * rope.attention_factor).astype(x.dtype)
         sine = (np.sin(angle) * rope.attention_factor).astype(x.dtype)
         first, second = x[position, :half], x[position, half:2 * half]
@@ -112,6 +112,8 @@ def sees(policy: AttentionPolicy, n: int) -> np.ndarray:
                 mask[query, key] = True
             elif policy.kind == "causal":
                 mask[query, key] = key <= query
+            elif policy.kind == "sinks":
+                mask[query, key] = key <= query and (key < policy.sinks or key > query - policy.window)
             else:
                 mask[query, key] = query - policy.window < key <= query
     return mask
@@ -163,25 +165,58 @@ def round_bfloat(x: np.ndarray) -> np.ndarray:
 
 
 def round_kv(x: np.ndarray, kv: str) -> np.ndarray:
-    """x: (n, head_dim) as the cache holds it: fp16, bf16, or codes of -127..127 or -7..7 per 32 dimensions."""
+    """x: (n, head_dim) as the cache holds it at once: fp16, bf16, or codes of -127..127 per 32 dimensions."""
     if kv == "fp32":
         return x
     if kv == "fp16":
         return x.astype(np.float16).astype(x.dtype)
     if kv == "bf16":
         return round_bfloat(x)
-    return round_activations(x, levels=127 if kv == "int8" else 7)
+    return round_activations(x)
 
 
-def round_weights(score: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Weights (n, positions) rounded to bf16 in chunks of 256 positions, each over its own highest score."""
+GROUP, FIRST = 64, 16
+"""Positions that are packed together in four bits, and those at the start that stay in eight."""
+
+
+def on_grid(x: np.ndarray, axis: int) -> np.ndarray:
+    """x with 16 steps between the lowest and the highest along an axis, scale and minimum in float16."""
+    x = np.asarray(x, np.float32)
+    low = x.min(axis=axis, keepdims=True)
+    step = ((x.max(axis=axis, keepdims=True) - low) / np.float32(15)).astype(np.float16).astype(np.float32)
+    low = low.astype(np.float16).astype(np.float32)
+    codes = np.clip(np.rint((x - low) / np.where(step > 0, step, np.float32(1))), 0, 15)
+    return np.where(step > 0, codes, 0) * step + low
+
+
+def in_four_bits(x: np.ndarray, axis: int) -> np.ndarray:
+    """x: (n, head_dim), as whole groups of positions are packed from eight bits; what fills no group is left in eight.
+
+    axis 0: of keys, one grid for each dimension of a group; 1: of values, one for each position.
+    """
+    eight = round_activations(x)
+    groups = [eight[start:start + GROUP] for start in range(0, len(x), GROUP)]
+    return np.concatenate([on_grid(g, axis) if len(g) == GROUP else g for g in groups]).astype(x.dtype)
+
+
+def in_eight(n: int, sinks: int) -> np.ndarray:
+    """(n, n) bool: does the query of that row meet the key of that column in eight bits?"""
+    query, key = np.ogrid[:n, :n]
+    return (key < sinks) | (key // GROUP == query // GROUP)
+
+
+def round_weights(score: np.ndarray, weight: np.ndarray, sinks: int) -> np.ndarray:
+    """Weights (n, positions) rounded to bf16 in chunks of 256 positions, each over its own highest score; the sinks
+    are a chunk of their own."""
     out = np.zeros_like(weight)
-    for start in range(0, score.shape[1], 256):
-        part = score[:, start:start + 256]
+    n = score.shape[1]
+    cuts = sorted({0, min(sinks, n), *range(0, n, 256), n})
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        part = score[:, start:stop]
         peak = part.max(axis=1, keepdims=True)
         some = np.isfinite(peak[:, 0])
         rounded = round_bfloat(np.exp(part[some] - peak[some]))
-        out[some, start:start + 256] = rounded * np.exp(peak[some] - score[some].max(axis=1, keepdims=True))
+        out[some, start:stop] = rounded * np.exp(peak[some] - score[some].max(axis=1, keepdims=True))
     return out
 
 
@@ -210,27 +245,48 @@ class _Run:
         visible = sees(a.policy, n) if states is None else np.ones((n, len(states)), bool)
         out = np.zeros((n, a.heads * d), self.dtype)
         if a.bias is not None:
-            near = {distance: bucket(a.bias, distance) for distance in range(1 - n, n)}
-            of = np.array([[near[key - query] for key in range(n)] for query in range(n)])
+            near_by = {distance: bucket(a.bias, distance) for distance in range(1 - n, n)}
+            of = np.array([[near_by[key - query] for key in range(n)] for query in range(n)])
         for head in range(a.heads):
             group = head // (a.heads // a.kv_heads)
             qh, kh, vh = q[:, head * d:(head + 1) * d], k[:, group * d:(group + 1) * d], v[:, group * d:(group + 1) * d]
             qh, kh = after(a.q_norm, qh), after(a.k_norm, kh)
+            sinks, place = 0, n
+            if a.policy.kind == "sinks":
+                sinks, place = a.policy.sinks, a.policy.sinks + a.policy.window - 1
+            near = qh  # as it meets the sinks: turned to its place in the cache
             if a.rope is not None:
+                near = rotate(a.rope, qh, np.minimum(np.arange(n), place))
                 qh, kh = rotate(a.rope, qh), rotate(a.rope, kh)
-            kh, vh = round_kv(kh, self.kv), round_kv(vh, self.kv)
+            grouped = self.kv == "int4" and a.policy.kind != "full"
+            exact, rounded_k, rounded_v = qh, round_kv(kh, self.kv), round_kv(vh, self.kv)
             if self.kv in ("int8", "int4"):
-                qh = round_activations(qh)
+                qh, near = round_activations(qh), round_activations(near)
             if self.kv == "bf16":
-                qh = round_bfloat(qh)
-            score = qh @ kh.T * a.scale
+                qh, near = round_bfloat(qh), round_bfloat(near)
+            score = qh @ rounded_k.T
+            if grouped:
+                eight = in_eight(n, sinks if a.policy.kind == "sinks" else FIRST)
+                score = np.where(eight, score, exact @ in_four_bits(kh, 0).T)
+            if sinks:
+                score[:, :sinks] = near @ rounded_k[:sinks].T
+            score = score * a.scale
             if a.bias is not None:
-                score = score + a.bias.table[of, head]
+                shifted = of
+                if sinks:
+                    shifted = of.copy()
+                    for query, key in np.ndindex(n, min(sinks, n)):
+                        shifted[query, key] = near_by[key - min(query, place)]
+                score = score + a.bias.table[shifted, head]
             score = np.where(visible, score, -np.inf)
             weight = np.exp(score - score.max(axis=1, keepdims=True))
             if self.kv == "bf16":
-                weight = round_weights(score, weight)
-            out[:, head * d:(head + 1) * d] = (weight / weight.sum(axis=1, keepdims=True)) @ vh
+                weight = round_weights(score, weight, sinks)
+            weight = weight / weight.sum(axis=1, keepdims=True)
+            mixed = weight @ rounded_v
+            if grouped:
+                mixed = np.where(eight, weight, 0) @ rounded_v + np.where(eight, 0, weight) @ in_four_bits(vh, 1)
+            out[:, head * d:(head + 1) * d] = mixed
         return self.linear(a.o, out)
 
     def feed_forward(self, layer: Layer, x: np.ndarray) -> np.ndarray:

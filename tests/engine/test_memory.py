@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 from plans import decoder, encoder
@@ -14,6 +15,7 @@ from edgewise.core.errors import BudgetError, collect_notices
 from edgewise.core.numbers import BF16
 from edgewise.engine.loading import in_floats, model_of, session_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
+from edgewise.engine.plan import AttentionPolicy
 from edgewise.measure.memory import run_child
 
 INTERPRETER_BYTES = 90e6
@@ -23,17 +25,21 @@ KV = ["fp32", "bf16", "fp16", "int8", "int4"]
 PLANS = {
     "plain": decoder(), "wide heads": decoder(heads=3, kv_heads=1, head_dim=80, layers=2, ffn=300),
     "large vocabulary": decoder(vocab=140_000, hidden=16), "encoder": encoder(),
-    "bfloat16": in_floats(encoder(), BF16)}
+    "bfloat16": in_floats(encoder(), BF16),
+    "sinks": decoder(policy=AttentionPolicy("sinks", 20, 3), layers=2),
+    "sinks and windows": replace(decoder(), layers=decoder(policy=AttentionPolicy("sinks", 300, 4)).layers + decoder(
+        policy=AttentionPolicy("sliding", 40), first=1).layers)}
 
 
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("name", PLANS)
 def test_needs_are_foreseen_to_the_byte(name, kv):
     plan = PLANS[name]
-    for context, batch, threads, slots in [(64, 64, 1, 1), (37, 5, 3, 2), (1, 1, 1, 1), (60, 256, 2, 3)]:
+    for context, batch, threads, slots in [(64, 64, 1, 1), (37, 5, 3, 2), (1, 1, 1, 1), (60, 256, 2, 3),
+                                           (5000, 70, 2, 2)]:
         session = session_of(plan, kv=kv, context=context, batch=batch, threads=threads, slots=slots)
-        assert kv_bytes(plan, kv, context, slots) == session.kv_nbytes
-        assert scratch_bytes(plan, context, batch, session.threads) == session.scratch_nbytes
+        assert kv_bytes(plan, kv, context, slots, batch) == session.kv_nbytes
+        assert scratch_bytes(plan, context, batch, session.threads, kv=kv, slots=slots) == session.scratch_nbytes
 
 
 class TestCap:

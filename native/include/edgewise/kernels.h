@@ -38,14 +38,23 @@ enum class Gate { Silu, Gelu, GeluTanh, Relu };
 
 // Keys and values of one head: positions in tiles of 16 (keys) and one after the other (values). Of bfloat16, keys lie in
 // pairs of dimensions and values in pairs of positions, as products take them.
+//
+// Four bits come in groups of positions that are packed together, from eight bits, once they are complete:
+// value = scale * code + minimum, codes 0 .. 15, scale and minimum in float16, of keys one pair for each dimension of a
+// group, of values one for each position (KIVI, Liu et al., arXiv:2402.02750, section 3.2). A group of keys: scales and
+// minima of all dimensions, then tiles of 16 positions, each the codes of a packed panel. A group of values: scales and
+// minima of all positions, then for four positions and 32 dimensions 64 bytes: byte 4 i + j has dimension i of position j
+// in its low nibble, dimension i + 16 in its high one.
 enum class KvType : uint8_t { Float32, Float16, BFloat16, Int8, Int4 };
+
+inline constexpr size_t kKvGroup = 64;  // positions; a divisor of kChunk
 
 struct KvLayout {
   KvType type = KvType::Float16;
   size_t head_dim = 0;
   EDGEWISE_INLINE size_t padded() const { return (head_dim + kBlock - 1) / kBlock * kBlock; }
-  size_t key_tile_nbytes() const;   // 16 positions
-  size_t value_nbytes() const;      // one position
+  size_t key_tile_nbytes() const;   // 16 positions; of four bits, their part of a group
+  size_t value_nbytes() const;      // one position; likewise
   PackedFormat key_format() const;  // quantised keys are packed matrices whose rows are positions
 };
 
@@ -91,9 +100,11 @@ struct RowKernels {
 };
 
 struct AttentionKernels {
-  // Write one position's key and value (head_dim floats each).
+  // Write one position's key and value (head_dim floats each), in any format but four bits.
   void (*store_key)(const KvLayout& layout, const float* key, size_t position, uint8_t* keys);
   void (*store_value)(const KvLayout& layout, const float* value, size_t position, uint8_t* values);
+  // A group in four bits, from where its keys and values lie in eight.
+  void (*pack_group)(const KvLayout& eight, const uint8_t* keys, const uint8_t* values, uint8_t* packed_keys, uint8_t* packed_values);
   // One chunk: out (queries, padded head_dim) unnormalised, peak and weight (queries). scratch: kAttentionScratch floats.
   void (*chunk)(const AttentionTask& task, size_t chunk, float* out, float* peak, float* weight, float* scratch);
   // Merge later partials of up to kMaxQueries queries, rows of n values, into earlier ones; finish divides by the weight.

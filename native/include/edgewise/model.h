@@ -70,7 +70,8 @@ struct Cross {
   float scale = 1;
 };
 
-enum class Visible { Causal, Sliding, Full };
+// Sinks: the first few positions and the last `window`, at the distances they have in a cache of just these.
+enum class Visible { Causal, Sliding, Full, Sinks };
 
 struct Layer {
   Linear q, k, v, o, gate, up, down;  // gate may be absent; with experts, all three are
@@ -81,7 +82,7 @@ struct Layer {
   float scale = 1;
   int rope = -1;  // index into Model::ropes
   Visible visible = Visible::Causal;
-  size_t window = 0;
+  size_t window = 0, sinks = 0;
   Gate function = Gate::Silu;
   bool post_norm = false;
   std::shared_ptr<const Experts> experts;

@@ -1,5 +1,6 @@
 // Runs a Model: sequences in slots, each with its keys and values; batches of tokens from any of them.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -93,7 +94,10 @@ class Session {
   const std::vector<float>& last_logits() const { return last_logits_; }
 
   size_t length(size_t slot) const { return lengths_.at(slot); }
+  // A slot goes on from an earlier position. What lies before is as it was then, or was given up: positions that left a
+  // window, and in four bits the newest group in eight. resumable: the greatest length, at most this, that truncate takes.
   void truncate(size_t slot, size_t length);
+  size_t resumable(size_t slot, size_t length) const;
   size_t kv_nbytes() const { return kv_.nbytes() + cross_kv_.nbytes(); }
   size_t scratch_nbytes() const;
   size_t threads() const { return pool_.threads(); }
@@ -148,6 +152,43 @@ class Session {
     size_t offset = 0, key_nbytes = 0, value_nbytes = 0;  // of slot 0; of one head
   };
 
+  // A layer that does not keep all positions alike. Of a head there lie, one after the other: the first `sinks` positions;
+  // the others, in a ring of `room` positions where only a window is kept; with keys and values in four bits the newest
+  // group, in eight. A query at position p sees its own group in eight bits and all groups before in four, whatever is
+  // stored by then.
+  struct Kept {
+    bool present = false, grouped = false, keeps_sinks = false;
+    size_t sinks = 0, window = 0;  // window 0: all positions
+    KvLayout near = {}, far = {};  // of sinks and newest; of the others
+    size_t room = 0;
+    size_t sink_values = 0, far_keys = 0, far_values = 0, newest_keys = 0, newest_values = 0, nbytes = 0;
+    size_t newest_nbytes() const { return nbytes - newest_keys; }  // keys, then values
+    size_t newest_keys_nbytes() const { return (kKvGroup / kLanes * near.key_tile_nbytes() + 63) / 64 * 64; }
+    // The first position in the window of the query at p, and the one after the last that it sees among `far`.
+    int32_t first_seen(int32_t p) const { return window == 0 ? 0 : std::max<int32_t>(0, p + 1 - static_cast<int32_t>(window)); }
+    int32_t far_end(int32_t p) const { return grouped ? p / static_cast<int32_t>(kKvGroup) * static_cast<int32_t>(kKvGroup) : p + 1; }
+  };
+  // Positions of one group that a pass brings to a slot, and where they are stored before they are packed.
+  struct Fresh {
+    size_t slot;
+    int32_t group;
+    size_t first, count;  // among ordered_
+    bool newest, carries;  // of the slot's groups in this pass, the last; some of its positions came before
+    size_t place;          // in fresh_, unless newest
+  };
+  // What a query meets in one call of the kernel.
+  struct Parts {
+    bool sinks, newest;
+    int32_t first_chunk, last_chunk;
+    size_t count() const { return static_cast<size_t>(sinks) + static_cast<size_t>(last_chunk - first_chunk) + static_cast<size_t>(newest); }
+  };
+  struct Part {
+    enum Kind { Sinks, Far, Newest } kind;
+    const KvLayout* layout;
+    const uint8_t *keys, *values;
+    int32_t first;  // position at which keys and values begin
+  };
+
   void mark(size_t thread, Operator now) {
     if (thread == 0 && profile_.on()) profile_.mark(now);
   }
@@ -197,10 +238,24 @@ class Session {
   void attend_across(const Cross& cross, size_t index, size_t thread);
   void store_source(const Cross& cross, size_t index, size_t slot, const float* states, size_t first, size_t n, size_t thread);
   uint8_t* cross_keys(size_t layer, size_t slot, size_t head) const;
+  void add_kept(const Layer& layer);
+  size_t kept_parts(const Layer& layer) const;
+  void order_fresh();
+  uint8_t* fresh_keys(size_t index, const Fresh& fresh, size_t head) const;
+  void store_fresh(const Layer& layer, size_t index, const Fresh& fresh, size_t head);
+  void store_kept(const Layer& layer, size_t index, size_t token, size_t head, const float* key, uint8_t* newest, bool to_sinks, bool to_rest);
+  Parts parts_of(const Kept& kept, int32_t lowest, int32_t highest) const;
+  Part part_of(const Kept& kept, const Parts& parts, size_t number, const uint8_t* head, const uint8_t* newest, int32_t position) const;
+  void range_in(const Kept& kept, const Part& part, int32_t position, int32_t& begin, int32_t& end) const;
+  void attend_kept_one(const Layer& layer, size_t index, size_t thread);
+  void attend_kept(const Layer& layer, size_t index, size_t thread);
+  void attend_kept_tokens(const Layer& layer, size_t index, size_t thread, size_t from, size_t until, size_t kv_head, size_t pass);
+  size_t turned_for(const Kept& kept, const Part& part, size_t position) const;
   void visible_range(const Layer& layer, size_t token, int32_t& begin, int32_t& end) const;
   void norm_rows(const Norm& norm, size_t thread);
   void head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread);
   void turn(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token) const;
+  void turn_to(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token, size_t position) const;
   void add_normed(const Norm& norm);
   uint8_t* keys(size_t layer, size_t slot, size_t head) const;
   uint8_t* values(size_t layer, size_t slot, size_t head) const;
@@ -221,6 +276,15 @@ class Session {
   std::vector<size_t> kv_offset_;        // per layer, of slot 0
   std::vector<size_t> key_head_nbytes_;  // per layer
   std::vector<size_t> value_head_nbytes_;
+  std::vector<Kept> kept_;               // per layer
+  bool keeps_ = false, grouped_ = false, endless_ = false;  // some layer is kept; some in groups of four bits; each has a window
+  size_t rope_limit_ = 0;                // positions from here on are turned by tables of the pass
+  std::vector<size_t> reached_;          // per slot, the furthest that it was filled since it was empty
+  std::vector<int32_t> newest_group_;    // per slot, which group lies in eight bits
+  std::vector<Fresh> fresh_groups_;
+  std::vector<int32_t> ordered_, fresh_of_;  // tokens of a pass slot by slot; per token, its entry of fresh_groups_
+  Pages fresh_;                          // groups of a pass that are packed within it
+  size_t fresh_nbytes_ = 0;              // of one, of all heads
   Pages kv_;
   std::vector<CrossKv> cross_;           // per layer, where any has cross-attention
   size_t cross_nbytes_ = 0;
@@ -265,6 +329,7 @@ class Session {
 
   std::vector<std::vector<float>> cosine_, sine_;  // per rope: (positions, rotary / 2)
   size_t rope_positions_ = 0;
+  std::vector<std::vector<float>> late_cosine_, late_sine_;  // per rope: (tokens of the pass, rotary / 2)
 
   bool capture_ = false;
   std::vector<float> captured_[7];

@@ -112,15 +112,9 @@ void add_bias(const AttentionTask& task, size_t first_tile, size_t last_tile, fl
 inline Floats load_value(const uint8_t* value, size_t d, size_t padded, KvType type) {
   if (type == KvType::Float32) return load(reinterpret_cast<const float*>(value) + d);
   if (type == KvType::Float16) return load_half(reinterpret_cast<const uint16_t*>(value) + d);
-  // Quantised values: codes of the whole head, then one float scale per 32 dimensions.
-  const float scale = reinterpret_cast<const float*>(value + (type == KvType::Int8 ? padded : padded / 2))[d / kBlock];
-  if (type == KvType::Int8) return mul(load_int8(reinterpret_cast<const int8_t*>(value) + d), set1(scale));
-  // Four bits: dimensions 0..15 of a block in the low nibbles of 16 bytes, 16..31 in the high ones.
-  uint8_t code[kLanes];
-  const uint8_t* block = value + d / kBlock * kLanes;
-  const int shift = d % kBlock == 0 ? 0 : 4;
-  for (size_t i = 0; i < kLanes; ++i) code[i] = static_cast<uint8_t>((block[i] >> shift) & 15);
-  return mul(sub(load_uint8(code), set1(8.0f)), set1(scale));
+  // Eight bits: codes of the whole head, then one float scale per 32 dimensions.
+  const float scale = reinterpret_cast<const float*>(value + padded)[d / kBlock];
+  return mul(load_int8(reinterpret_cast<const int8_t*>(value) + d), set1(scale));
 }
 
 template <int Queries, int Parts, KvType Type>
@@ -179,6 +173,8 @@ void chunk_of(const AttentionTask& task, size_t chunk, float* out, float* peak, 
   weigh_values<Queries, Type>(task, seen.from, seen.to, seen.start, scores, out);
 }
 
+#include "kernels/attention/groups.inl.h"
+
 template <int Queries>
 void chunk_of_type(const AttentionTask& task, size_t chunk, float* out, float* peak, float* weight, float* scratch) {
   switch (task.layout->type) {
@@ -186,7 +182,7 @@ void chunk_of_type(const AttentionTask& task, size_t chunk, float* out, float* p
     case KvType::Float16: return chunk_of<Queries, KvType::Float16>(task, chunk, out, peak, weight, scratch);
     case KvType::BFloat16: return chunk_of<Queries, KvType::BFloat16>(task, chunk, out, peak, weight, scratch);
     case KvType::Int8: return chunk_of<Queries, KvType::Int8>(task, chunk, out, peak, weight, scratch);
-    default: return chunk_of<Queries, KvType::Int4>(task, chunk, out, peak, weight, scratch);
+    default: return chunk_of_groups<Queries>(task, chunk, out, peak, weight, scratch);
   }
 }
 
@@ -236,4 +232,4 @@ void finish(const float* sum, float weight, size_t n, float* out) {
 
 }  // namespace
 
-AttentionKernels attention_kernels() { return {&store_key, &store_value, &attend_chunk, &merge, &finish}; }
+AttentionKernels attention_kernels() { return {&store_key, &store_value, &pack_group, &attend_chunk, &merge, &finish}; }

@@ -35,18 +35,11 @@ void store_key(const KvLayout& layout, const float* key, size_t position, uint8_
     float peak = 0.0f;
     const size_t count = dim - d < kBlock ? dim - d : kBlock;
     for (size_t i = 0; i < count; ++i) peak = __builtin_fabsf(key[d + i]) > peak ? __builtin_fabsf(key[d + i]) : peak;
-    const float levels = layout.type == KvType::Int8 ? 127.0f : 7.0f;
-    const float scale = peak >= kSmallestPeak ? peak / levels : 1.0f;
+    const float scale = peak >= kSmallestPeak ? peak / 127.0f : 1.0f;
     scales[lane] = scale;
     for (size_t i = 0; i < kBlock; ++i) {
       const int q = i < count ? static_cast<int>(__builtin_rintf(key[d + i] / scale)) : 0;
-      if (layout.type == KvType::Int8) {
-        codes[i / 4 * 64 + lane * 4 + i % 4] = static_cast<uint8_t>(q + 128);
-      } else {
-        uint8_t& pair = codes[i / 8 * 64 + lane * 4 + i % 4];
-        const uint8_t code = static_cast<uint8_t>(q + 8);
-        pair = i % 8 < 4 ? static_cast<uint8_t>((pair & 0xF0) | code) : static_cast<uint8_t>((pair & 0x0F) | (code << 4));
-      }
+      codes[i / 4 * 64 + lane * 4 + i % 4] = static_cast<uint8_t>(q + 128);
     }
     tile += 4 * kLanes + block_nbytes;
   }
@@ -74,20 +67,14 @@ void store_value(const KvLayout& layout, const float* value, size_t position, ui
     }
     return;
   }
-  const bool wide = layout.type == KvType::Int8;
-  float* scales = reinterpret_cast<float*>(p + (wide ? padded : padded / 2));
+  float* scales = reinterpret_cast<float*>(p + padded);
   for (size_t d = 0; d < padded; d += kBlock) {
     const size_t count = dim > d ? (dim - d < kBlock ? dim - d : kBlock) : 0;
     float peak = 0.0f;
     for (size_t i = 0; i < count; ++i) peak = __builtin_fabsf(value[d + i]) > peak ? __builtin_fabsf(value[d + i]) : peak;
-    const float scale = peak >= kSmallestPeak ? peak / (wide ? 127.0f : 7.0f) : 1.0f;
+    const float scale = peak >= kSmallestPeak ? peak / 127.0f : 1.0f;
     scales[d / kBlock] = scale;
-    int q[kBlock];
-    for (size_t i = 0; i < kBlock; ++i) q[i] = i < count ? static_cast<int>(__builtin_rintf(value[d + i] / scale)) : 0;
-    if (wide) {
-      for (size_t i = 0; i < kBlock; ++i) p[d + i] = static_cast<uint8_t>(static_cast<int8_t>(q[i]));
-    } else {
-      for (size_t i = 0; i < kLanes; ++i) p[d / 2 + i] = static_cast<uint8_t>((q[i] + 8) | ((q[i + kLanes] + 8) << 4));
-    }
+    for (size_t i = 0; i < kBlock; ++i)
+      p[d + i] = static_cast<uint8_t>(static_cast<int8_t>(i < count ? static_cast<int>(__builtin_rintf(value[d + i] / scale)) : 0));
   }
 }

@@ -42,6 +42,7 @@ def command(
     threads: Annotated[str, typer.Option("-t", "--threads", help="Thread counts; by default the physical cores that "
                                          "this process may use.", show_default=False)] = "",
     kv: shared.Kv = None,
+    attention: shared.Attention = None,
     format: shared.Format = None,
     repeats: Annotated[int, typer.Option("--repeats", "-r", min=1, help="Rounds that count; six or more give a 95 % "
                                          "interval, fewer the range.")] = 7,
@@ -67,8 +68,8 @@ def command(
     with current().progress("benchmark") as update:
         report: Report = bench(
             model, prompts=_numbers("-p", prompts), generated=_numbers("-n", generated),
-            depths=_numbers("-d", depths), threads=counts, kv=kv, format=format, repeats=repeats, warmup=warmup,
-            seed=seed, device=device, cache=cache, operators=profile,
+            depths=_numbers("-d", depths), threads=counts, kv=kv, attention=attention, format=format, repeats=repeats,
+            warmup=warmup, seed=seed, device=device, cache=cache, operators=profile,
             progress=lambda what, done, total: update(done, total, what))
     if out is not None:
         with write_aside(out) as file:

@@ -156,7 +156,8 @@ class _Session:
     def _state(self) -> str:
         model = self.talk.model
         used = int(model.session.length(0))
-        lines = [f"context  {used} of {model.context} positions, {len(self.talk.messages)} messages",
+        room = "endless" if model.endless else model.context
+        lines = [f"context  {used} of {room} positions, {len(self.talk.messages)} messages",
                  f"memory   {shared.memory_line(model)}", f"sampling {self.sampling}",
                  f"tier     {model.tier}, {model.session.threads} threads"]
         if self.turns:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from edgewise.engine.model import LanguageModel
     from edgewise.formats.cache import Progress
 
-__all__ = ["Cache", "Context", "Format", "Kv", "Loading", "Memory", "Model", "Overflow", "Sampling", "Threads",
-           "check_overflow", "loading", "memory_line", "rate", "sampling", "sampling_line"]
+__all__ = ["Attention", "Cache", "Context", "Format", "Kv", "Loading", "Memory", "Model", "Overflow", "Sampling",
+           "Threads", "check_overflow", "loading", "memory_line", "rate", "sampling", "sampling_line"]
 
 _LOADING, _SAMPLING = "Loading", "Generation"
 
@@ -30,6 +30,10 @@ Context = Annotated[int | None, typer.Option("--context", min=1, help="Positions
                                              "model's own.", rich_help_panel=_LOADING, show_default=False)]
 Kv = Annotated[str | None, typer.Option("--kv", help="Number format of the KV cache: bf16, fp16, int8, int4 or fp32.",
                                         rich_help_panel=_LOADING, show_default=False)]
+Attention = Annotated[str | None, typer.Option("--attention", help="What a token sees: full, or sink=4,window=512 for "
+                                               "the first four positions and the last 512, in constant memory however "
+                                               "long the text. By default as the model says.",
+                                               rich_help_panel=_LOADING, show_default=False)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; by default the physical cores that "
                                              "this process may use.", rich_help_panel=_LOADING, show_default=False)]
 Format = Annotated[str | None, typer.Option("--format", help="Round the linear weights to this format while loading, "
@@ -50,6 +54,7 @@ class Loading:
     memory: Memory = None
     context: Context = None
     kv: Kv = None
+    attention: Attention = None
     threads: Threads = None
     format: Format = None
     cache: Cache = True
@@ -61,7 +66,7 @@ class Loading:
         with loading("loading") as progress:
             loaded: LanguageModel = load(
                 model, format=self.format, memory_bytes=self.memory, threads=self.threads, context=self.context,
-                kv=self.kv, cache=self.cache, progress=progress)
+                kv=self.kv, attention=self.attention, cache=self.cache, progress=progress)
         return loaded
 
 
@@ -153,8 +158,9 @@ def sampling_line(options: GenerationOptions, source: str) -> str:
 def memory_line(model: LanguageModel) -> str:
     """Where the memory goes, for --stats."""
     memory = model.memory
+    positions = model.attention if model.endless else f"{model.context} positions"
     return (f"{memory.total_bytes / 1e6:.1f} MB: weights {memory.weights_bytes / 1e6:.1f}, KV {model.kv} of "
-            f"{model.context} positions {memory.kv_bytes / 1e6:.1f}, scratch {memory.scratch_bytes / 1e6:.1f}")
+            f"{positions} {memory.kv_bytes / 1e6:.1f}, scratch {memory.scratch_bytes / 1e6:.1f}")
 
 
 def rate(tokens: int, seconds: float) -> float | None:

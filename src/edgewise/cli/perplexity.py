@@ -13,6 +13,7 @@ from edgewise.core.report import Report
 EXAMPLES = (
     "edgewise perplexity smollm2 --windows 8",
     "edgewise perplexity model.gguf --text report.txt",
+    "edgewise perplexity smollm2 --attention sink=4,window=512 --window 4096",
     "edgewise perplexity smollm2 --format int4/g32/fp16/min --windows 8 --json",
 )
 
@@ -27,6 +28,7 @@ def command(
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window.")] = 512,
     memory: shared.Memory = None,
     kv: shared.Kv = None,
+    attention: shared.Attention = None,
     threads: shared.Threads = None,
     format: shared.Format = None,
     cache: shared.Cache = True,
@@ -38,8 +40,8 @@ def command(
 
     with shared.loading("loading") as progress:
         measured = texts.text(text, progress=progress)
-        loaded = load(model, format=format, memory_bytes=memory, threads=threads, context=window, kv=kv, cache=cache,
-                      progress=progress)
+        loaded = load(model, format=format, memory_bytes=memory, threads=threads, context=window, kv=kv,
+                      attention=attention, cache=cache, progress=progress)
     with current().progress("perplexity", unit="windows") as update:
         return perplexity_report(loaded, measured, windows=windows, window=window,
                                  progress=lambda what, done, total: update(done, total, what))

@@ -23,9 +23,9 @@ from edgewise.core.numbers import BF16
 from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.workload import Workload
 from edgewise.engine.archs import plan_of
-from edgewise.engine.loading import PLAIN, model_of
+from edgewise.engine.loading import PLAIN, fitted_run, model_of
 from edgewise.engine.model import LanguageModel, native_errors
-from edgewise.engine.plan import Plan
+from edgewise.engine.plan import AttentionPolicy, Plan, with_attention
 from edgewise.engine.profile import profile, profile_table
 from edgewise.engine.workload import arithmetic, workload_of
 from edgewise.formats.sources import open_checkpoint
@@ -131,7 +131,7 @@ def _run(session: Any, test: BenchTest, stream: np.ndarray[Any, np.dtype[np.int3
         session.truncate(0, 0)
         slots = np.zeros(len(tokens), np.int32)
         return meter.measure(lambda: session.forward(tokens, slots))
-    held = min(session.length(0), depth)
+    held = session.resumable(0, min(session.length(0), depth))
     session.truncate(0, held)
     if held < depth:
         session.prefill(0, stream[held:depth])
@@ -163,8 +163,8 @@ def modelled_joules(workload: Workload, seconds: float, device: Device) -> tuple
 
 def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int] = (512,),
           generated: Sequence[int] = (128,), depths: Sequence[int] = (0,), threads: Sequence[int] = (),
-          kv: str | None = None, format: str | None = None, batch: int | None = None, repeats: int = 7,
-          warmup: int = 1, seed: int = 0, device: Device | None = None, limits: Limits | None = None,
+          kv: str | None = None, attention: str | None = None, format: str | None = None, batch: int | None = None,
+          repeats: int = 7, warmup: int = 1, seed: int = 0, device: Device | None = None, limits: Limits | None = None,
           cache: bool = True, operators: bool = False, meter: EnergyMeter | None = None,
           progress: Progress | None = None) -> Report:
     """Speed, share of the roofline, bandwidth, memory and energy of a model, test by test.
@@ -178,6 +178,9 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(os.fspath(source), progress=progress)
     counts = list(dict.fromkeys(threads)) or [usable_cores().usable]
     plan = plan_of(checkpoint)
+    attention = attention or fitted_run(checkpoint).attention
+    if attention is not None:
+        plan = with_attention(plan, AttentionPolicy.parse(attention))
     if plan.kind == "encoder-decoder":
         raise UnsupportedError(f"{checkpoint.source} is an encoder-decoder ({checkpoint.arch}), which bench does not "
                                "time: it has decoders and encoders; edgewise run --stats times a text and its answer")
@@ -186,8 +189,8 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
     context = max(test.positions for test in tests)
     if encoder:
         context = max(test.tokens for test in tests)
-    model = model_of(checkpoint, format=format, threads=counts[0], context=context, kv=kv, batch=batch, cache=cache,
-                     progress=progress)
+    model = model_of(checkpoint, format=format, threads=counts[0], context=context, kv=kv, attention=attention,
+                     batch=batch, cache=cache, progress=progress)
     if model.context < context:
         raise ContextOverflowError(f"the tests need {context} positions, and the model has {model.context}; take "
                                    "smaller -p, -n or -d")
@@ -220,9 +223,11 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
     elif operators:
         notice("ignored", "operators are counted in decoders", where="bench")
     name = str(checkpoint.metadata.get("name") or checkpoint.source)
-    described = (name, model.packed.nbytes, _parameters(model), f"edgewise {model.tier}", model.kv)
+    described = (name, model.packed.nbytes, _parameters(model), f"edgewise {model.tier}", model.kv,
+                 model.attention)
     return Report(f"Speed of {name}", tuple(quantities), (
-        Table("Model", ("model", "size", "params", "backend", "kv"), (described,), ("", "B", "", "", "")),
+        Table("Model", ("model", "size", "params", "backend", "kv", "attention"), (described,),
+              ("", "B", "", "", "", "")),
         Table("Tests", COLUMNS, tuple(rows)), *tables),
         environment={"model": checkpoint.source, "repeats": repeats, "warmup": warmup, "seed": seed,
                      "processor": native_probe.processor_name(), "tier": model.tier, "format": format,

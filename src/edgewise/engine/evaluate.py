@@ -48,4 +48,5 @@ def perplexity_report(model: LanguageModel, text: Text, *, windows: int | None =
         Quantity("tokens_per_s", count * window / seconds),
     ), environment={
         "model": model.checkpoint.source, "weights_bytes": model.memory.weights_bytes, "kv": model.kv,
+        "attention": model.attention,
         "tier": model.tier, "threads": int(model.session.threads)})

@@ -231,7 +231,8 @@ def _prefill(model: LanguageModel, prompt: list[int]) -> int:
         if a != b:
             break
         common += 1
-    common = min(common, int(model.session.length(0)))
+    # In four bits, or behind a window, it may be able to go on from an earlier position only.
+    common = int(model.session.resumable(0, min(common, int(model.session.length(0)))))
     model.session.truncate(0, common)
     model.session.prefill(0, np.asarray(prompt[common:], np.int32))
     model._cached_ids[:] = prompt

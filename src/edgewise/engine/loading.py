@@ -23,7 +23,18 @@ from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel, native_errors
 from edgewise.engine.packing import Recipe, layout_of, pack_all, packing, recipe_of, unique
-from edgewise.engine.plan import Activation, Experts, Layer, Linear, Plan, for_context, plan_with
+from edgewise.engine.plan import (
+    Activation,
+    AttentionPolicy,
+    Experts,
+    Layer,
+    Linear,
+    Plan,
+    endless,
+    for_context,
+    plan_with,
+    with_attention,
+)
 from edgewise.engine.tuning import Tuning, stored_tuning
 from edgewise.formats.cache import files_key
 from edgewise.formats.sources import open_checkpoint
@@ -37,15 +48,17 @@ _ACTIVATIONS: tuple[Activation, ...] = ("int8", "float32")
 """What a quantised weight may run on."""
 PLAIN = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
 """Formats without a scale, by the names that `format` takes."""
+ENDLESS = 1 << 30
+"""Positions of a sequence whose memory does not depend on them."""
 SMALLEST_CONTEXT = 256
 """What --memory may shrink the context to before it is an error."""
 
 
 def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None, memory_bytes: int | None = None,
          threads: int | None = None, context: int | None = None, kv: str | None = None, *,
-         activations: Activation | None = None, batch: int | None = None,
-         slots: int = 1, cache: bool = True, offline: bool | None = None, tuning: Tuning | None = None,
-         progress: Progress | None = None) -> LanguageModel:
+         activations: Activation | None = None, attention: str | AttentionPolicy | None = None,
+         batch: int | None = None, slots: int = 1, cache: bool = True, offline: bool | None = None,
+         tuning: Tuning | None = None, progress: Progress | None = None) -> LanguageModel:
     """Open a model by path, short name, hub repository or wheel, ready to run.
 
     format: round every linear of the layers to this format: "int4/g32/fp16/min", or without a scale "fp32", "fp16" or
@@ -56,6 +69,8 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     kv: "bf16", "fp16", "fp32", "int8" or "int4", by default as `default_kv` says; in "bf16" queries and the weights of
     positions are rounded too. An encoder-decoder has `context` positions for the text and as many for the answer.
     slots: sequences held at a time, and by an encoder read at a time.
+    attention: "sink=4,window=512" keeps the first four positions and the last 512, where a text goes on without end in
+    constant memory; "full", all. By default as the model's files say.
     activations: "float32" runs quantised weights on float inputs, slower and without the rounding of "int8".
     cache: map weights packed by an earlier start. tuning: by default what this machine was tuned to.
     Raises SourceError, FormatError, UnsupportedError, BudgetError.
@@ -66,7 +81,7 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     with _uncollected():
         model = model_of(source if isinstance(source, Checkpoint) else opened(), format=format,
                          memory_bytes=memory_bytes, threads=threads, context=context, kv=kv, activations=activations,
-                         batch=batch, slots=slots, cache=cache, tuning=tuning, progress=progress)
+                         attention=attention, batch=batch, slots=slots, cache=cache, tuning=tuning, progress=progress)
     model.packed.map_now()
     return model
 
@@ -86,8 +101,9 @@ def _uncollected() -> Iterator[None]:
 
 def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None, memory_bytes: int | None = None,
              threads: int | None = None, context: int | None = None, kv: str | None = None,
-             activations: Activation | None = None, batch: int | None = None, slots: int = 1, cache: bool = True,
-             tuning: Tuning | None = None, progress: Progress | None = None) -> LanguageModel:
+             activations: Activation | None = None, attention: str | AttentionPolicy | None = None,
+             batch: int | None = None, slots: int = 1, cache: bool = True, tuning: Tuning | None = None,
+             progress: Progress | None = None) -> LanguageModel:
     """As `load`, from a Checkpoint at hand."""
     if threads is not None and not 1 <= threads <= 256:
         raise InvalidValueError(f"threads is 1 to 256; given {threads}")
@@ -112,6 +128,10 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
         plan = replace(plan_with(plan, running), head=None if plan.head is None else running(plan.head))
     encoder = plan.kind == "encoder"
     fitted = fitted_run(checkpoint)
+    policy = attention if attention is not None else fitted.attention
+    if policy is not None:
+        policy = AttentionPolicy.parse(policy) if isinstance(policy, str) else policy
+        plan = with_attention(plan, policy)
     kv = kv or fitted.kv or default_kv(plan)
     if kv not in KV_FORMATS:
         raise InvalidValueError(f"KV format {kv!r}: expected {', '.join(KV_FORMATS)}")
@@ -144,7 +164,9 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     return LanguageModel(checkpoint=without_tensors(checkpoint), session=session, native=model, packed=packed,
                          tokenizer=tokenizer, template=template, kind=plan.kind, kv=kv, hidden=plan.hidden,
                          vocab=plan.vocab, sites=tuple(sites_of(layer) for layer in plan.layers), encoder=reader,
-                         start=plan.start, tuning=tuning)
+                         start=plan.start, tuning=tuning,
+                         attention="full" if policy is None or policy.kind != "sinks" else str(policy),
+                         endless=endless(plan))
 
 
 def default_kv(plan: Plan) -> str:
@@ -256,6 +278,7 @@ class FittedRun:
     kv: str | None = None
     context: int | None = None
     memory_bytes: int | None = None
+    attention: str | None = None
 
 
 def fitted_run(checkpoint: Checkpoint) -> FittedRun:
@@ -263,7 +286,7 @@ def fitted_run(checkpoint: Checkpoint) -> FittedRun:
     said = checkpoint.config.get("edgewise_run")
     if said is None:
         return FittedRun()
-    kinds = {"kv": str, "context": int, "memory_bytes": int}
+    kinds = {"kv": str, "context": int, "memory_bytes": int, "attention": str}
     known = {key: said[key] for key, kind in kinds.items() if type(said.get(key)) is kind and said[key] not in ("", 0)
              } if isinstance(said, dict) else {}
     if not isinstance(said, dict) or known.keys() != said.keys():
@@ -279,7 +302,8 @@ def divide_memory(plan: Plan, weight_bytes: int, kv: str, memory_bytes: int | No
     An encoder sees whole sequences in one pass, as many as it has slots, so its batch is its context times these.
     most: the context of a fitted model, which gives way where more threads leave less memory.
     """
-    limit = plan.context if most is None else min(max(most, 1), plan.context)
+    own = ENDLESS if endless(plan) else plan.context
+    limit = own if most is None else min(max(most, 1), own)
     if plan.position_embedding is not None:
         limit = min(limit, len(plan.position_embedding) - plan.position_offset)
     wanted = min(context or limit, limit)
@@ -291,7 +315,8 @@ def divide_memory(plan: Plan, weight_bytes: int, kv: str, memory_bytes: int | No
         notice("clamp", f"the model has {limit} positions; the context is {limit}, not {context}", where="context")
 
     def needed(positions: int, tokens: int) -> int:
-        return weight_bytes + kv_bytes(plan, kv, positions, slots) + scratch_bytes(plan, positions, tokens, threads)
+        return (weight_bytes + kv_bytes(plan, kv, positions, slots, tokens)
+                + scratch_bytes(plan, positions, tokens, threads, kv=kv, slots=slots))
 
     if plan.kind == "encoder":
         if batch not in (None, wanted):

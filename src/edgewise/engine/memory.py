@@ -5,14 +5,15 @@ These mirror the allocations of native/engine/session.cc; a test holds them agai
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from edgewise.engine.build import linears_of
-from edgewise.engine.plan import Attention, CrossAttention, Experts, Plan
+from edgewise.engine.plan import Attention, AttentionPolicy, CrossAttention, Experts, Plan, endless
 
 __all__ = ["kv_bytes", "scratch_bytes"]
 
 _CHUNK = 256  # positions of one softmax partial
+_GROUP = 64  # positions that are packed together in four bits
 _MAX_QUERIES, _MAX_HEAD_DIM = 12, 512
 _LOGITS_BYTES = 8 << 20
 
@@ -22,15 +23,15 @@ def _up(n: int, to: int) -> int:
 
 
 def _key_tile_bytes(kv: str, head_dim: int) -> int:
-    """Sixteen positions of one head."""
+    """Sixteen positions of one head; in four bits, their part of a group."""
     if kv == "fp32":
         return 16 * head_dim * 4
     if kv == "fp16":
         return 16 * head_dim * 2
     if kv == "bf16":
         return 16 * _up(head_dim, 2) * 2
-    codes = 512 if kv == "int8" else 256
-    return _up(head_dim, 32) // 32 * (64 + codes)
+    padded = _up(head_dim, 32)
+    return padded // 32 * (64 + 512) if kv == "int8" else 8 * padded + 4 * padded // (_GROUP // 16)
 
 
 def _value_bytes(kv: str, head_dim: int) -> int:
@@ -40,27 +41,70 @@ def _value_bytes(kv: str, head_dim: int) -> int:
         return padded * 4
     if kv in ("fp16", "bf16"):
         return padded * 2
-    return (padded if kv == "int8" else padded // 2) + padded // 32 * 4
+    return padded + padded // 32 * 4 if kv == "int8" else padded // 2 + 4
 
 
-def kv_bytes(plan: Plan, kv: str, context: int, slots: int = 1) -> int:
+@dataclass(frozen=True)
+class _Kept:
+    """How a layer keeps the positions of one head: `room` of them as `far` says, and `sinks` and a group as `near`.
+
+    parts: what one query meets at most, each with a partial softmax of its own.
+    """
+
+    far: str
+    near: str
+    room: int
+    sinks: int
+    newest: int
+    parts: int
+
+    def bytes(self, head_dim: int) -> int:
+        held = [(self.near, self.sinks), (self.far, self.room), (self.near, self.newest)]
+        return sum(_up(positions // 16 * _key_tile_bytes(kv, head_dim), 64)
+                   + _up(positions * _value_bytes(kv, head_dim), 64) for kv, positions in held)
+
+
+def _kept(attention: Attention | CrossAttention, kv: str, context: int, batch: int, endless: bool) -> _Kept:
+    policy = attention.policy if isinstance(attention, Attention) else AttentionPolicy("full")
+    grouped = kv == "int4" and policy.kind != "full"
+    ring = policy.kind == "sinks" or (endless and policy.kind == "sliding")
+    if not grouped and not ring:  # what is there at once is never packed in four bits
+        return _Kept("int8" if kv == "int4" else kv, kv, _up(context, 16), 0, 0, -(-context // _CHUNK))
+    room = all_room = _up(context, _GROUP if grouped else 16)
+    if ring:
+        room = min(_up(policy.window + batch - 1, _CHUNK), all_room)
+    span = room if policy.kind == "causal" else min(policy.window, room)
+    sinks = policy.sinks if policy.kind == "sinks" else 16 if grouped else 0
+    return _Kept(kv, "int8" if grouped else kv, room, _up(sinks, 16), _GROUP if grouped else 0,
+                 3 + (span + _CHUNK - 2) // _CHUNK)
+
+
+def kv_bytes(plan: Plan, kv: str, context: int, slots: int = 1, batch: int = 256) -> int:
     """Keys and values of every layer for `context` positions in each of `slots` sequences.
 
-    Of an encoder-decoder, those of as many states of the encoder too, and the encoder's own, one text in float32.
+    batch: tokens of a pass, which a window makes room for. Of an encoder-decoder, keys and values of as many states of
+    the encoder too, and the encoder's own, one text in float32.
     """
     total = 0 if plan.encoder is None else kv_bytes(plan.encoder, "fp32", context)
-    context = _up(context, 16)
-    for attention in _attentions(plan):
-        keys = _up(context // 16 * _key_tile_bytes(kv, attention.head_dim), 64)
-        values = _up(context * _value_bytes(kv, attention.head_dim), 64)
-        total += slots * attention.kv_heads * (keys + values)
-    return total
+    constant = endless(plan)
+    return total + sum(
+        slots * attention.kv_heads * _kept(attention, kv, context, batch, constant).bytes(attention.head_dim)
+        for attention in _attentions(plan))
 
 
 def _attentions(plan: Plan) -> list[Attention | CrossAttention]:
     """Of every layer, those across included."""
     found: list[Attention | CrossAttention] = [layer.attention for layer in plan.layers]
     return found + [layer.cross for layer in plan.layers if layer.cross is not None]
+
+
+def _fresh_bytes(plan: Plan, batch: int, slots: int) -> int:
+    """Groups of a pass that are packed within it, in eight bits."""
+    def newest(attention: Attention) -> int:
+        return attention.kv_heads * _Kept("int8", "int8", 0, 0, _GROUP, 0).bytes(attention.head_dim)
+
+    attentions = [layer.attention for layer in plan.layers if layer.attention.policy.kind != "full"]
+    return (batch // _GROUP + min(slots, max(batch // 2, 1))) * max(map(newest, attentions), default=0)
 
 
 def _inputs_bytes(tokens: int, cols: int, slots: int, bfloats: bool) -> int:
@@ -70,7 +114,7 @@ def _inputs_bytes(tokens: int, cols: int, slots: int, bfloats: bool) -> int:
     return _up(cells * 32, 64) + 6 * _up(cells * 4, 64) + _up(cells * 32 * 4, 64) + bfloats * _up(cells * 32 * 2, 64)
 
 
-def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
+def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str = "fp16", slots: int = 1) -> int:
     """Buffers of a pass of `batch` tokens, of attention, logits and rotary tables; an encoder's own are added."""
     attentions = _attentions(plan)
     bfloats = any(linear.activation == "bfloat16" for linear in linears_of(replace(plan, encoder=None)))
@@ -83,8 +127,8 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
     rows = sum(_up(width, 16) for width in (plan.hidden, q_width, kv_width, kv_width, q_width))
     if routed or any(layer.after_attention or layer.after_feed_forward for layer in plan.layers):
         rows += _up(plan.hidden, 16)
-    chunks = -(-context // _CHUNK)
-    partial = max(layer.attention.heads * chunks * (_up(layer.attention.head_dim, 32) + 2) for layer in plan.layers)
+    partial = max(layer.attention.heads * _kept(layer.attention, kv, context, batch, endless(plan)).parts
+                  * (_up(layer.attention.head_dim, 32) + 2) for layer in plan.layers)
     shared = _inputs_bytes(max(batch, 16), cols, 16, bfloats)
     own = _inputs_bytes(1, cols, 1, bfloats) + _up(cols, 16) * 4
     attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + 3 * _MAX_QUERIES * _MAX_HEAD_DIM) * 4
@@ -103,4 +147,11 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int) -> int:
         stride = _up(plan.vocab, 16) * 4
         total += min(max(_LOGITS_BYTES // stride, 1), 16) * stride
     ropes = {id(layer.attention.rope): layer.attention.rope for layer in plan.layers if layer.attention.rope}
-    return total + sum(2 * len(rope.inverse_frequency) * context * 4 for rope in ropes.values())
+    if kv == "int4":
+        total += _fresh_bytes(plan, batch, slots)
+    turns = context  # positions that are turned by tables; later ones by tables of the pass
+    if endless(plan):
+        policies = [layer.attention.policy for layer in plan.layers]
+        reach = max(policy.sinks + policy.window for policy in policies)
+        turns = reach + batch if reach < context else context
+    return total + sum(2 * len(rope.inverse_frequency) * turns * 4 for rope in ropes.values())

@@ -53,6 +53,7 @@ class LanguageModel:
 
     Made by `edgewise.load`. checkpoint: the description of the model, without its tensors.
     sites: per layer, the names of the linears that read each of the inputs the session can capture.
+    attention: the policy of layers that would see all positions; endless: a sequence takes constant memory.
     encoder, start: of an encoder-decoder, the session that reads texts, and the token that every answer starts from.
     """
 
@@ -69,6 +70,8 @@ class LanguageModel:
     sites: tuple[Mapping[str, tuple[str, ...]], ...]
     encoder: Any = None
     start: int | None = None
+    attention: str = "full"
+    endless: bool = False
     tuning: Tuning = field(default_factory=Tuning)
     _cached_ids: list[int] = field(default_factory=list)  # what slot 0 holds
     _source_ids: list[int] | None = None  # the text that slot 0 attends to
@@ -278,7 +281,8 @@ class LanguageModel:
                                    f"({self.checkpoint.arch}); {instead}")
 
     def __repr__(self) -> str:
-        return (f"LanguageModel({self.checkpoint.arch}, {self.packed.nbytes / 1e6:.1f} MB, context {self.context}, "
+        positions = f"attention {self.attention}" if self.endless else f"context {self.context}"
+        return (f"LanguageModel({self.checkpoint.arch}, {self.packed.nbytes / 1e6:.1f} MB, {positions}, "
                 f"KV {self.kv}, {self.session.threads} threads, {self.tier})")
 
 

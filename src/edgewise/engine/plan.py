@@ -14,11 +14,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgewise.core.errors import InvalidValueError
 from edgewise.core.storage import Stored
 from edgewise.core.values import dataclass
 
 __all__ = ["Activation", "Attention", "AttentionPolicy", "CrossAttention", "Experts", "FeedForward", "Layer", "Linear",
-           "Norm", "Plan", "RelativeBias", "Rope", "for_context", "layer_with", "plan_with"]
+           "Norm", "Plan", "RelativeBias", "Rope", "endless", "for_context", "layer_with", "plan_with",
+           "with_attention"]
 
 Float32 = NDArray[np.float32]
 Activation = Literal["int8", "float32", "bfloat16"]
@@ -73,10 +75,33 @@ class Rope:
 
 @dataclass(frozen=True)
 class AttentionPolicy:
-    """Which positions a token sees: causal (all before it), sliding (the last `window`, itself included), full."""
+    """Which positions a token sees: causal (all before it), sliding (the last `window`, itself included), full, sinks.
 
-    kind: Literal["causal", "sliding", "full"] = "causal"
+    sinks: the first `sinks` positions and the last `window`, at the distances they have in a cache that holds nothing
+    else, so that a text may go on without end (Xiao et al., arXiv:2309.17453, section 3.2; AccLLM, arXiv:2505.03745).
+    """
+
+    kind: Literal["causal", "sliding", "full", "sinks"] = "causal"
     window: int = 0
+    sinks: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> AttentionPolicy:
+        """"full": as the model was made. "sink=4,window=512": the first four positions and the last 512."""
+        if text.strip() == "full":
+            return cls()
+        found = dict(part.split("=", 1) for part in text.replace(" ", "").split(",") if "=" in part)
+        if set(found) <= {"sink", "window"} and "window" in found and text.count("=") == text.count(",") + 1:
+            numbers = [found.get("sink", "4"), found["window"]]
+            if all(number.isascii() and number.isdigit() and len(number) < 10 for number in numbers):
+                sinks, window = map(int, numbers)
+                if window > 0:
+                    return cls("sinks", window, sinks)
+        raise InvalidValueError(f"attention is full, or sink=S,window=W with W at least 1, such as sink=4,window=512; "
+                                f"given {text!r}")
+
+    def __str__(self) -> str:
+        return f"sink={self.sinks},window={self.window}" if self.kind == "sinks" else self.kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,12 +293,33 @@ def plan_with(plan: Plan, change: Callable[[Linear], Linear]) -> Plan:
                    encoder=None if plan.encoder is None else plan_with(plan.encoder, change))
 
 
+def with_attention(plan: Plan, policy: AttentionPolicy) -> Plan:
+    """The plan with another policy where a token sees all before it; layers with a window of their own keep it."""
+    def changed(layer: Layer) -> Layer:
+        if layer.attention.policy.kind != "causal":
+            return layer
+        return replace(layer, attention=replace(layer.attention, policy=policy))
+
+    if policy.kind != "causal" and plan.kind == "encoder":
+        raise InvalidValueError(f"an encoder ({plan.arch}) sees its whole text; attention {policy} is for decoders")
+    return replace(plan, layers=tuple(changed(layer) for layer in plan.layers))
+
+
+def endless(plan: Plan) -> bool:
+    """Whether a sequence may go on for ever in constant memory: every layer has a window, some of them with sinks."""
+    kinds = {layer.attention.policy.kind for layer in plan.layers}
+    return "sinks" in kinds and kinds <= {"sinks", "sliding"} and plan.position_embedding is None
+
+
 def for_context(plan: Plan, context: int) -> Plan:
     """The plan for sequences of up to `context` positions: rotary embeddings that depend on it are chosen.
 
     transformers chooses by the length of the text at hand. Keys in a cache are rotated once, so here the context that
     the model is loaded with decides, for every text.
     """
+    if endless(plan):  # distances are those in a cache
+        policies = [layer.attention.policy for layer in plan.layers]
+        context = min(context, max(policy.sinks + policy.window for policy in policies))
     chosen: dict[int, Rope] = {}
 
     def rope_of(rope: Rope | None) -> Rope | None:

@@ -13,7 +13,7 @@ from typing import Any
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.workload import Op, Workload
 from edgewise.engine.memory import kv_bytes
-from edgewise.engine.plan import Attention, Experts, FeedForward, Layer, Linear, Plan
+from edgewise.engine.plan import Attention, AttentionPolicy, Experts, FeedForward, Layer, Linear, Plan
 
 __all__ = ["arithmetic", "workload_of"]
 
@@ -72,7 +72,9 @@ def workload_of(plan: Plan, matrices: Mapping[str, Any], *, tokens: int = 1, dep
 def _attention(plan: Plan, layer: Layer, tokens: int, depth: int, batch: int, kv: str) -> Op:
     attention = layer.attention
     seen = sum(_visible(attention, depth + i, depth + tokens) for i in range(tokens))
-    alone = replace(plan, layers=(layer,))
+    seeing = replace(layer, attention=replace(attention, policy=AttentionPolicy(
+        "full" if attention.policy.kind == "full" else "causal")))
+    alone = replace(plan, layers=(seeing,))
     # The tokens of a pass share what they read: the pass reads what its last token sees, and its own.
     ends = range(min(batch, tokens), tokens + 1, batch) if tokens > batch else (tokens,)
     read = sum(kv_bytes(alone, kv, _visible(attention, depth + end - 1, depth + tokens)) for end in ends)
@@ -84,7 +86,9 @@ def _visible(attention: Attention, position: int, length: int) -> int:
     """Positions that the token at `position` sees, itself included."""
     if attention.policy.kind == "full":
         return length
-    return min(position + 1, attention.policy.window) if attention.policy.kind == "sliding" else position + 1
+    if attention.policy.kind == "causal":
+        return position + 1
+    return min(position + 1, attention.policy.sinks + attention.policy.window)
 
 
 def arithmetic(workload: Workload) -> dict[str, int]:

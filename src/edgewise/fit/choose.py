@@ -54,7 +54,8 @@ class Space:
 
     def overhead(self, kv: str, context: int, batch: int = BATCH) -> int:
         """KV cache and scratch, in bytes."""
-        return kv_bytes(self.plan, kv, context) + scratch_bytes(self.plan, context, batch, self.threads)
+        return (kv_bytes(self.plan, kv, context, batch=batch)
+                + scratch_bytes(self.plan, context, batch, self.threads, kv=kv))
 
     def all(self) -> list[Allocation]:
         return [point for front in self.fronts for point in front]
