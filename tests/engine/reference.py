@@ -6,6 +6,7 @@ to get wrong; a check against another implementation is worth something when it 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -211,7 +212,7 @@ def round_weights(score: np.ndarray, weight: np.ndarray, sinks: int) -> np.ndarr
     out = np.zeros_like(weight)
     n = score.shape[1]
     cuts = sorted({0, min(sinks, n), *range(0, n, 256), n})
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         part = score[:, start:stop]
         peak = part.max(axis=1, keepdims=True)
         some = np.isfinite(peak[:, 0])
