@@ -139,6 +139,32 @@ void Session::merge_one(const Layer& layer, size_t index, size_t thread, float* 
   }
 }
 
+void Session::store_position(const Layer& layer, size_t index, size_t token, size_t head) {
+  const size_t slot = static_cast<size_t>(slots_[token]), position = static_cast<size_t>(positions_[token]);
+  const size_t at = token * kv_stride_ + head * layer.head_dim;
+  turn(layer, layer.k_norm, k_.floats() + at, 1, token);
+  kernels_.attention.store_key(kv_layout_[index], k_.floats() + at, position, keys(index, slot, head));
+  kernels_.attention.store_value(kv_layout_[index], v_.floats() + at, position, values(index, slot, head));
+}
+
+// One thread: tokens from .. until - 1, head by head, so that keys and values of one stay in the cache while all queries
+// meet them.
+void Session::attend_block(const Layer& layer, size_t index, size_t thread, size_t from, size_t until) {
+  const Attended to{kv_layout_[index], layer.heads, layer.kv_heads, layer.scale, layer.bias.get()};
+  const QueryGroups g(layer.heads, layer.kv_heads);
+  for (size_t head = 0; head < layer.kv_heads; ++head)
+    for (size_t pass = 0; pass < g.passes; ++pass)
+      for (size_t t = from; t < until; t += g.tokens_at_once)
+        attend_tokens(
+            thread, to, t, std::min(until, t + g.tokens_at_once), head, pass,
+            [&](size_t slot, size_t kv_head, const uint8_t*& head_values) {
+              head_values = values(index, slot, kv_head);
+              return keys(index, slot, kv_head);
+            },
+            [&](size_t token, int32_t& begin, int32_t& end) { visible_range(layer, token, begin, end); },
+            [&](float* q, size_t heads, size_t token) { turn(layer, layer.q_norm, q, heads, token); });
+}
+
 void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
   const KvLayout& layout = kv_layout_[index];
   const size_t dim = layer.head_dim;

@@ -299,6 +299,7 @@ void Session::run_layers(size_t first, size_t last) {
                                 std::to_string(model_->layers.size()));
   const Profile::Counting counting(profile_);
   pool_.run([=, this](size_t thread) {
+    if (goes_in_blocks(first, last)) return run_blocks(thread, first, last);
     plan_reads(thread);
     for (size_t layer = first; layer < last; ++layer) run_layer(layer, thread, first, last);
   });

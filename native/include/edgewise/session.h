@@ -141,6 +141,9 @@ class Session {
     Inputs inputs, middle;              // of gate and up; of down
   };
 
+  struct TokenBlock {  // tokens of a pass that one thread takes through a layer
+    size_t first, count, most;  // most: tokens of the largest block, whole tiles
+  };
   struct Attended {  // what queries look at
     const KvLayout& layout;
     size_t heads, kv_heads;
@@ -199,6 +202,14 @@ class Session {
   void run_layer(size_t index, size_t thread, size_t first, size_t last, unsigned parts = kWhole);
   const Layer& part_of(size_t layer, Site part) const;
   bool leaves_norm(size_t index, size_t last) const;
+  bool goes_in_blocks(size_t first, size_t last) const;
+  void run_blocks(size_t thread, size_t first, size_t last);
+  void begin_layer(size_t index, size_t thread, const TokenBlock& block, const Norm* pending);
+  void end_layer(size_t index, size_t thread, const TokenBlock& block);
+  template <class Row>
+  Inputs prepare_block(size_t thread, const TokenBlock& block, size_t cols, unsigned wanted, Row row);
+  void feed_block(const Layer& layer, const LayerKernels& k, const Inputs& inputs, const TokenBlock& block, Inputs& down);
+  void multiply_block(const Work* works, size_t n, const Inputs& inputs, const TokenBlock& block);
   template <class Row>
   Inputs prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row);
   void multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens);
@@ -229,6 +240,8 @@ class Session {
   void attend_one(const Layer& layer, size_t index, size_t thread);
   void merge_one(const Layer& layer, size_t index, size_t thread, float* out) const;
   void attend_many(const Layer& layer, size_t index, size_t thread);
+  void store_position(const Layer& layer, size_t index, size_t token, size_t head);
+  void attend_block(const Layer& layer, size_t index, size_t thread, size_t from, size_t until);
   template <class Place, class Range, class Turn>
   void attend_tokens(size_t thread, const Attended& to, size_t from, size_t until, size_t kv_head, size_t pass, Place place, Range range,
                      Turn turn);
