@@ -45,17 +45,17 @@ struct Items {
   size_t last_tile(size_t item) const { return tiles * (item % blocks + 1) / blocks; }
 };
 
-// What the kernel fetches over a tile of an item: the first tile reads the run's own bytes just before their use, which
-// are there already but for a thread's first run; each of the others fetches its part of the next run.
+// What the kernel fetches over a tile of a run: its part of what is read next, or, of a few tokens, the run's own bytes
+// just before their use.
 inline Ahead ahead_of(const uint8_t* run, size_t nbytes, const uint8_t* next, size_t tile, size_t tiles) {
   Ahead ahead;
-  ahead.base = run;
-  if (tile == 0 || next == nullptr) {
+  if (tiles == 1) {
     ahead.later = run + Ahead::kDistance;
-    return ahead;
+    ahead.nbytes = nbytes;
+  } else if (next != nullptr) {
+    ahead.later = next + nbytes * tile / tiles;
+    ahead.nbytes = nbytes * (tile + 1) / tiles - nbytes * tile / tiles;
   }
-  while ((2u << ahead.shift) <= tiles - 1) ++ahead.shift;
-  ahead.later = next + (tile - 1) * nbytes / (tiles - 1);
   return ahead;
 }
 

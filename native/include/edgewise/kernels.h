@@ -14,11 +14,9 @@ struct Ahead {
   EDGEWISE_INLINE bool fetches() const { return after != 0; }
   EDGEWISE_INLINE const uint8_t* of(const uint8_t* p) const { return p + (p < turn ? before : after); }
   // With several tokens the same bytes are read once for each tile of them, and every tile fetches a part of what comes
-  // next, at an even pace: later + (p - base) / 2^shift.
-  const uint8_t* base = nullptr;
+  // next, at an even pace.
   const uint8_t* later = nullptr;
-  unsigned shift = 0;
-  EDGEWISE_INLINE const uint8_t* spread(const uint8_t* p) const { return later + ((p - base) >> shift); }
+  size_t nbytes = 0;
 };
 
 // Where products go: row r of panel p of a call for its token t is y[t * stride + 16 p + r].

@@ -32,11 +32,19 @@ inline void put(const Products& out, Floats* sum) {
       store(out.y + static_cast<size_t>(t) * out.stride + static_cast<size_t>(i) * kLanes, sum[i * Tokens + t]);
 }
 
-// What to fetch while p is read for so many tokens.
-template <int Tokens>
-inline const uint8_t* next_of(const Ahead& ahead, const uint8_t* p) {
-  if constexpr (Tokens == 1) return ahead.of(p);
-  return ahead.spread(p);
+// What a call for several tokens fetches, evenly over the blocks of all its passes over panels.
+struct Fetch {
+  const uint8_t* at;
+  size_t step;  // bytes in a block
+  inline void block() {
+    for (size_t i = 0; i < step; i += 64) prefetch(at + i);
+    at += step;
+  }
+};
+// Passes of several tokens over a panel.
+inline size_t passes_of(size_t count, size_t tile) { return count / tile + (tile > 4 ? count % tile / 4 : 0) + (count < 2); }
+inline Fetch fetch_of(const Ahead& ahead, size_t passes, size_t blocks) {
+  return {ahead.later, (ahead.nbytes + passes * blocks - 1) / (passes * blocks)};
 }
 
 // The output of later tokens, and of later panels.
@@ -246,7 +254,7 @@ inline Codes centred_table(const PackedFormat& format) {
 
 template <class F, int Tokens>
 inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activations& x, size_t tile, size_t slot,
-                       const Products& out, const Ahead& ahead) {
+                       const Products& out, const Ahead& ahead, Fetch& fetch) {
   const size_t blocks = x.blocks(), slots = x.slots;
   PanelReader<F> reader(w.format, p);
   Codes centred{};
@@ -256,13 +264,15 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
   for (int t = 0; t < Tokens; ++t) sum[t] = zero();
 
   for (size_t first_block = 0; first_block < blocks; first_block += reader.per_record()) {
-    const uint8_t* header = next_of<Tokens>(ahead, reader.p);
-    for (size_t line = 0; line < reader.header(); line += 64) prefetch(header + line);
+    if constexpr (Tokens == 1)
+      for (size_t line = 0; line < reader.header(); line += 64) prefetch(ahead.of(reader.p) + line);
     reader.head();
     const size_t left = blocks - first_block, count = F::Plain || left >= reader.per_record() ? reader.per_record() : left;
     for (size_t b = 0; b < count; ++b) {
-      const uint8_t* fetched = next_of<Tokens>(ahead, reader.p);
-      for (size_t line = 0; line < reader.block_nbytes; line += 64) prefetch(fetched + line);
+      if constexpr (Tokens == 1)
+        for (size_t line = 0; line < reader.block_nbytes; line += 64) prefetch(ahead.of(reader.p) + line);
+      else
+        fetch.block();
       Scales scales = reader.scales(b);
       if constexpr (F::Bits == 8 && F::kKind == Kind::Minimum) {  // bytes are centred at 128
         scales.min_low = fma(set1(128.0f), scales.low, scales.min_low);
@@ -303,6 +313,42 @@ inline void panel_tile(const PackedMatrix& w, const uint8_t* p, const Activation
     }
   }
   put<1, Tokens>(out, sum);
+}
+
+// Two panels of 8-bit codes for each input that is spread over the lanes: codes come as fast as they are multiplied.
+template <class F, int Tokens>
+inline void pair_tile(const PackedMatrix& w, const uint8_t* p, const Activations& x, size_t tile, size_t slot, const Products& out,
+                      Fetch& fetch) {
+  const size_t blocks = x.blocks();
+  PanelReader<F> readers[2] = {PanelReader<F>(w.format, p), PanelReader<F>(w.format, p + w.panel_nbytes)};
+  Floats sum[2 * Tokens];
+  for (int i = 0; i < 2 * Tokens; ++i) sum[i] = zero();
+  for (size_t b = 0; b < blocks; ++b) {
+    fetch.block();
+    const size_t at = (tile * blocks + b) * x.slots + slot;
+    const int8_t* q = x.q + at * kBlock;
+    for (PanelReader<F>& reader : readers) reader.head();
+    Ints d[2 * Tokens];
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens; ++t) d[t] = d[Tokens + t] = start_full(x.negated_sum[at + static_cast<size_t>(t)]);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 8; ++i) {
+      const Codes low = load_codes(readers[0].p + 64 * i), high = load_codes(readers[1].p + 64 * i);
+#pragma GCC unroll 16
+      for (int t = 0; t < Tokens; ++t) {
+        d[t] = dot4_full(d[t], low, q + static_cast<size_t>(t) * kBlock + 4 * i);
+        d[Tokens + t] = dot4_full(d[Tokens + t], high, q + static_cast<size_t>(t) * kBlock + 4 * i);
+      }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens; ++t) {
+      const Floats step = set1(x.scale[at + static_cast<size_t>(t)]);
+      sum[t] = fma(to_floats(d[t]), mul(readers[0].super, step), sum[t]);
+      sum[Tokens + t] = fma(to_floats(d[Tokens + t]), mul(readers[1].super, step), sum[Tokens + t]);
+    }
+    for (PanelReader<F>& reader : readers) reader.p += reader.block_nbytes;
+  }
+  put<2, Tokens>(out, sum);
 }
 
 // The same weights on float inputs: each value is made as the file's own decoder makes it, then multiplied.
@@ -352,14 +398,24 @@ void decoded_panels(const PackedMatrix& w, size_t panel, size_t panels, const Ac
 template <class F>
 void quantised_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
                       size_t count, const Products& out, const Ahead& ahead) {
-  for (size_t i = 0; i < panels; ++i) {
+  constexpr int kPair = 4;
+  constexpr bool pairs = kTile >= 16 && F::Plain && F::Bits == 8 && F::kKind == Kind::Symmetric;
+  size_t i = 0;
+  if constexpr (pairs) {
+    Fetch fetch = fetch_of(ahead, panels / 2 * (kTile / kPair) + 1, x.blocks());
+    for (; count == kTile && i + 2 <= panels; i += 2)
+      for (size_t t = 0; t < kTile; t += kPair)
+        pair_tile<F, kPair>(w, w.panel(panel + i), x, tile, slot + t, from_token(from_panel(out, i), t), fetch);
+  }
+  Fetch fetch = fetch_of(ahead, panels * passes_of(count, kTile), x.blocks());
+  for (; i < panels; ++i) {
     const uint8_t* p = w.panel(panel + i);
     const Products part = from_panel(out, i);
     size_t t = 0;
-    for (; t + kTile <= count; t += kTile) panel_tile<F, kTile>(w, p, x, tile, slot + t, from_token(part, t), ahead);
+    for (; t + kTile <= count; t += kTile) panel_tile<F, kTile>(w, p, x, tile, slot + t, from_token(part, t), ahead, fetch);
     if constexpr (kTile > 4)
-      for (; t + 4 <= count; t += 4) panel_tile<F, 4>(w, p, x, tile, slot + t, from_token(part, t), ahead);
-    for (; t < count; ++t) panel_tile<F, 1>(w, p, x, tile, slot + t, from_token(part, t), ahead);
+      for (; t + 4 <= count; t += 4) panel_tile<F, 4>(w, p, x, tile, slot + t, from_token(part, t), ahead, fetch);
+    for (; t < count; ++t) panel_tile<F, 1>(w, p, x, tile, slot + t, from_token(part, t), ahead, fetch);
   }
 }
 
@@ -373,18 +429,19 @@ inline Floats load_column(const uint8_t* p, size_t k) {
 // Panels x Tokens sums in registers: each column and each input that is loaded serves several of them.
 template <Element E, int Panels, int Tokens>
 inline void float_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const float* x, size_t slots, const Products& out,
-                       const Ahead& ahead) {
+                       const Ahead& ahead, Fetch& fetch) {
   constexpr size_t width = E == Element::Float32 ? 64 : 32;
   Floats sum[Panels * Tokens];
   for (int i = 0; i < Panels * Tokens; ++i) sum[i] = zero();
   for (size_t first = 0; first < cols; first += kBlock, x += slots * kBlock) {
     const size_t count = cols - first < kBlock ? cols - first : kBlock;
+    if constexpr (Tokens > 1) fetch.block();
     for (size_t k = 0; k < count; ++k) {
       Floats w[Panels];
 #pragma GCC unroll 4
       for (int i = 0; i < Panels; ++i) {
         const uint8_t* panel = p + static_cast<size_t>(i) * panel_nbytes;
-        prefetch(next_of<Tokens>(ahead, panel + (first + k) * width));
+        if constexpr (Tokens == 1) prefetch(ahead.of(panel + (first + k) * width));
         w[i] = load_column<E>(panel, first + k);
       }
 #pragma GCC unroll 16
@@ -400,39 +457,47 @@ inline void float_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const
 
 template <Element E, int Panels, int Tokens>
 inline void float_tiles(const PackedMatrix& w, size_t panel, const Activations& x, const float* f, size_t count,
-                        const Products& out, const Ahead& ahead) {
+                        const Products& out, const Ahead& ahead, Fetch& fetch) {
   const uint8_t* p = w.panel(panel);
   size_t t = 0;
   for (; t + Tokens <= count; t += Tokens)
-    float_tile<E, Panels, Tokens>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t), ahead);
+    float_tile<E, Panels, Tokens>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t), ahead, fetch);
   if constexpr (Tokens > 4)
     for (; t + 4 <= count; t += 4)
-      float_tile<E, Panels, 4>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t), ahead);
-  for (; t < count; ++t) float_tile<E, Panels, 1>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t), ahead);
+      float_tile<E, Panels, 4>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t), ahead, fetch);
+  for (; t < count; ++t)
+    float_tile<E, Panels, 1>(p, w.panel_nbytes, w.cols, f + t * kBlock, x.slots, from_token(out, t), ahead, fetch);
+}
+
+inline Fetch float_fetch(const Ahead& ahead, size_t panels, size_t count, size_t blocks) {
+  if constexpr (kTile >= 16) return fetch_of(ahead, panels / 2 * passes_of(count, kTile / 2) + panels % 2 * passes_of(count, kTile), blocks);
+  return fetch_of(ahead, panels * passes_of(count, kTile), blocks);
 }
 
 template <Element E>
 void float_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
                   size_t count, const Products& out, const Ahead& ahead) {
   const float* f = x.f + (tile * x.blocks() * x.slots + slot) * kBlock;
+  Fetch fetch = float_fetch(ahead, panels, count, x.blocks());
   size_t i = 0;
   if constexpr (kTile >= 16)
-    for (; i + 2 <= panels; i += 2) float_tiles<E, 2, kTile / 2>(w, panel + i, x, f, count, from_panel(out, i), ahead);
-  for (; i < panels; ++i) float_tiles<E, 1, kTile>(w, panel + i, x, f, count, from_panel(out, i), ahead);
+    for (; i + 2 <= panels; i += 2) float_tiles<E, 2, kTile / 2>(w, panel + i, x, f, count, from_panel(out, i), ahead, fetch);
+  for (; i < panels; ++i) float_tiles<E, 1, kTile>(w, panel + i, x, f, count, from_panel(out, i), ahead, fetch);
 }
 
 template <int Panels, int Tokens>
 inline void bfloat_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, const uint16_t* x, size_t slots, const Products& out,
-                        const Ahead& ahead) {
+                        const Ahead& ahead, Fetch& fetch) {
   Floats sum[Panels * Tokens];
   for (int i = 0; i < Panels * Tokens; ++i) sum[i] = zero();
   auto block = [&](size_t count) __attribute__((always_inline)) {
+    if constexpr (Tokens > 1) fetch.block();
     for (size_t k = 0; k < count; k += 2, p += 64) {
       Codes w[Panels];
 #pragma GCC unroll 4
       for (int i = 0; i < Panels; ++i) {
         const uint8_t* panel = p + static_cast<size_t>(i) * panel_nbytes;
-        prefetch(next_of<Tokens>(ahead, panel));
+        if constexpr (Tokens == 1) prefetch(ahead.of(panel));
         w[i] = load_codes(panel);
       }
 #pragma GCC unroll 16
@@ -451,24 +516,26 @@ inline void bfloat_tile(const uint8_t* p, size_t panel_nbytes, size_t cols, cons
 
 template <int Panels, int Tokens>
 inline void bfloat_tiles(const PackedMatrix& w, size_t panel, const Activations& x, const uint16_t* bf, size_t count,
-                         const Products& out, const Ahead& ahead) {
+                         const Products& out, const Ahead& ahead, Fetch& fetch) {
   const uint8_t* p = w.panel(panel);
   size_t t = 0;
   for (; t + Tokens <= count; t += Tokens)
-    bfloat_tile<Panels, Tokens>(p, w.panel_nbytes, w.cols, bf + t * kBlock, x.slots, from_token(out, t), ahead);
+    bfloat_tile<Panels, Tokens>(p, w.panel_nbytes, w.cols, bf + t * kBlock, x.slots, from_token(out, t), ahead, fetch);
   if constexpr (Tokens > 4)
     for (; t + 4 <= count; t += 4)
-      bfloat_tile<Panels, 4>(p, w.panel_nbytes, w.cols, bf + t * kBlock, x.slots, from_token(out, t), ahead);
-  for (; t < count; ++t) bfloat_tile<Panels, 1>(p, w.panel_nbytes, w.cols, bf + t * kBlock, x.slots, from_token(out, t), ahead);
+      bfloat_tile<Panels, 4>(p, w.panel_nbytes, w.cols, bf + t * kBlock, x.slots, from_token(out, t), ahead, fetch);
+  for (; t < count; ++t)
+    bfloat_tile<Panels, 1>(p, w.panel_nbytes, w.cols, bf + t * kBlock, x.slots, from_token(out, t), ahead, fetch);
 }
 
 void bfloat_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
                    size_t count, const Products& out, const Ahead& ahead) {
   const uint16_t* bf = x.bf + (tile * x.blocks() * x.slots + slot) * kBlock;
+  Fetch fetch = float_fetch(ahead, panels, count, x.blocks());
   size_t i = 0;
   if constexpr (kTile >= 16)
-    for (; i + 2 <= panels; i += 2) bfloat_tiles<2, kTile / 2>(w, panel + i, x, bf, count, from_panel(out, i), ahead);
-  for (; i < panels; ++i) bfloat_tiles<1, kTile>(w, panel + i, x, bf, count, from_panel(out, i), ahead);
+    for (; i + 2 <= panels; i += 2) bfloat_tiles<2, kTile / 2>(w, panel + i, x, bf, count, from_panel(out, i), ahead, fetch);
+  for (; i < panels; ++i) bfloat_tiles<1, kTile>(w, panel + i, x, bf, count, from_panel(out, i), ahead, fetch);
 }
 
 }  // namespace

@@ -91,7 +91,7 @@ struct SparseScales {
 
 template <int Bits, Centre kCentre, int Tokens>
 inline void sparse_tile(const PackedMatrix& w, const uint8_t* p, const Activations& x, size_t tile, size_t slot,
-                        const Products& out, const Ahead& ahead) {
+                        const Products& out, const Ahead& ahead, Fetch& fetch) {
   using Unit = SparseUnit<Bits>;
   const size_t blocks = x.blocks(), slots = x.slots;
   Unit unit;
@@ -135,13 +135,13 @@ inline void sparse_tile(const PackedMatrix& w, const uint8_t* p, const Activatio
   };
 
   for (size_t first = 0; first < blocks; first += 4) {
-    if (scales.left == 0) {
-      const uint8_t* header = next_of<Tokens>(ahead, p);
-      for (size_t line = 0; line < scales.header_nbytes(); line += 64) prefetch(header + line);
-    }
+    if (Tokens == 1 && scales.left == 0)
+      for (size_t line = 0; line < scales.header_nbytes(); line += 64) prefetch(ahead.of(p) + line);
     p = scales.template unit<kCentre>(p);
-    const uint8_t* fetched = next_of<Tokens>(ahead, p);
-    for (size_t line = 0; line < Unit::nbytes; line += 64) prefetch(fetched + line);
+    if constexpr (Tokens == 1)
+      for (size_t line = 0; line < Unit::nbytes; line += 64) prefetch(ahead.of(p) + line);
+    else
+      fetch.block();
     unit.open(p);
     Codes c[8];
     unpack<Bits>(p + 3 * 64, c);
@@ -158,14 +158,15 @@ inline void sparse_tile(const PackedMatrix& w, const uint8_t* p, const Activatio
 template <int Bits, Centre kCentre>
 void sparse_panels(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile, size_t slot,
                    size_t count, const Products& out, const Ahead& ahead) {
+  Fetch fetch = fetch_of(ahead, panels * passes_of(count, kTile), (x.blocks() + 3) / 4);
   for (size_t i = 0; i < panels; ++i) {
     const uint8_t* p = w.panel(panel + i);
     const Products part = from_panel(out, i);
     size_t t = 0;
-    for (; t + kTile <= count; t += kTile) sparse_tile<Bits, kCentre, kTile>(w, p, x, tile, slot + t, from_token(part, t), ahead);
+    for (; t + kTile <= count; t += kTile) sparse_tile<Bits, kCentre, kTile>(w, p, x, tile, slot + t, from_token(part, t), ahead, fetch);
     if constexpr (kTile > 4)
-      for (; t + 4 <= count; t += 4) sparse_tile<Bits, kCentre, 4>(w, p, x, tile, slot + t, from_token(part, t), ahead);
-    for (; t < count; ++t) sparse_tile<Bits, kCentre, 1>(w, p, x, tile, slot + t, from_token(part, t), ahead);
+      for (; t + 4 <= count; t += 4) sparse_tile<Bits, kCentre, 4>(w, p, x, tile, slot + t, from_token(part, t), ahead, fetch);
+    for (; t < count; ++t) sparse_tile<Bits, kCentre, 1>(w, p, x, tile, slot + t, from_token(part, t), ahead, fetch);
   }
 }
 
