@@ -41,8 +41,11 @@ struct Fetch {
     at += step;
   }
 };
-// Passes of several tokens over a panel.
-inline size_t passes_of(size_t count, size_t tile) { return count / tile + (tile > 4 ? count % tile / 4 : 0) + (count < 2); }
+// Passes of several tokens over a panel, or one.
+inline size_t passes_of(size_t count, size_t tile) {
+  const size_t passes = count / tile + (tile > 4 ? count % tile / 4 : 0);
+  return passes > 0 ? passes : 1;
+}
 inline Fetch fetch_of(const Ahead& ahead, size_t passes, size_t blocks) {
   return {ahead.later, (ahead.nbytes + passes * blocks - 1) / (passes * blocks)};
 }
@@ -470,8 +473,8 @@ inline void float_tiles(const PackedMatrix& w, size_t panel, const Activations& 
 }
 
 inline Fetch float_fetch(const Ahead& ahead, size_t panels, size_t count, size_t blocks) {
-  if constexpr (kTile >= 16) return fetch_of(ahead, panels / 2 * passes_of(count, kTile / 2) + panels % 2 * passes_of(count, kTile), blocks);
-  return fetch_of(ahead, panels * passes_of(count, kTile), blocks);
+  if constexpr (kTile < 16) return fetch_of(ahead, panels * passes_of(count, kTile), blocks);
+  return fetch_of(ahead, panels / 2 * passes_of(count, kTile / 2) + panels % 2 * passes_of(count, kTile), blocks);
 }
 
 template <Element E>
