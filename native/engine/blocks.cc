@@ -1,7 +1,7 @@
-// Layers over many tokens, block by block: a thread takes some of them through all that lies between two attentions, so
-// that what they become stays in its cache, and threads meet once for each layer.
+// Layers of an encoder over many tokens, block by block: a thread takes some of them through all that lies between two attentions, so
+// that what they become stays in its cache, and threads meet once for each layer. Every weight is read once for each block:
+// a decoder of many more weights, whose prompts are as long, loses a tenth by that.
 #include <algorithm>
-#include <cstdlib>
 
 #include "engine/attend.h"
 #include "engine/phases.h"
@@ -56,7 +56,8 @@ void Session::run_blocks(size_t thread, size_t first, size_t last) {
       const size_t from = blocks.first_tile(share.from) * kLanes, until = std::min(count_, blocks.first_tile(share.to) * kLanes);
       const TokenBlock block{from, until - from, blocks.most * kLanes};
       if (l > first) end_layer(l - 1, thread, block);
-      if (l < last) begin_layer(l, thread, block, l > first && model_->layers[l - 1].post_norm ? &model_->layers[l - 1].feed_forward_norm : nullptr);
+      const bool pending = l > first && model_->layers[l - 1].post_norm;
+      if (l < last) begin_layer(l, thread, block, pending ? &model_->layers[l - 1].feed_forward_norm : nullptr);
     }
     pool_.barrier();
   }
@@ -82,7 +83,8 @@ void Session::multiply_block(const Work* works, size_t n, const Inputs& inputs, 
     const Activations& x = inputs.of(*works[i].linear);
     for (size_t panel = 0; panel < weight.panels(); panel += kRun) {
       const size_t panels = std::min(kRun, weight.panels() - panel);
-      const uint8_t* next = panel + kRun < weight.panels() ? weight.panel(panel + kRun) : i + 1 < n ? works[i + 1].linear->weight.data : nullptr;
+      const uint8_t* next = i + 1 < n ? works[i + 1].linear->weight.data : nullptr;
+      if (panel + kRun < weight.panels()) next = weight.panel(panel + kRun);
       for (size_t tile = 0; tile < tiles; ++tile) {
         float* y = works[i].y + (block.first + tile * kLanes) * works[i].stride + panel * kLanes;
         works[i].kernel(weight, panel, panels, x, tile, 0, std::min(kLanes, block.count - tile * kLanes),
@@ -97,13 +99,14 @@ void Session::multiply_block(const Work* works, size_t n, const Inputs& inputs, 
 void Session::begin_layer(size_t index, size_t thread, const TokenBlock& block, const Norm* pending) {
   const Layer& layer = model_->layers[index];
   const LayerKernels& k = layer_kernels_[index];
-  const Inputs inputs = prepare_block(thread, block, model_->hidden, inputs_of({&layer.q, &layer.k, &layer.v}), [&](size_t token, float* buffer) {
+  auto normed = [&](size_t token, float* buffer) {
     float* x = x_.floats() + token * hidden_stride_;
     if (pending != nullptr) apply_norm(kernels_, *pending, x, model_->hidden, x);
     if (layer.post_norm) return x;
     apply_norm(kernels_, layer.attention_norm, x, model_->hidden, buffer);
     return buffer;
-  });
+  };
+  const Inputs inputs = prepare_block(thread, block, model_->hidden, inputs_of({&layer.q, &layer.k, &layer.v}), normed);
   mark(thread, Operator::Qkv);
   const Work works[] = {{&layer.k, k.k, k_.floats(), kv_stride_, false},
                         {&layer.v, k.v, v_.floats(), kv_stride_, false},
