@@ -7,8 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from edgewise.fit import allocate
-from edgewise.fit.allocate import front_of
+from edgewise.fit.allocate import bound_of, front_of
 from edgewise.fit.candidates import Candidate
 
 
@@ -50,11 +49,12 @@ def test_runs_from_the_largest_to_the_smallest():
     assert front[0].kl == 0.0
 
 
-def test_a_thinned_front_keeps_both_ends(monkeypatch):
-    candidates, kls = problem(6, 5, 3)
-    whole = front_of(candidates, kls)
-    monkeypatch.setattr(allocate, "_LIMIT", 10)
-    thin = front_of(candidates, kls)
-    assert len(thin) <= 10 < len(whole)
-    assert thin[0].packed_bytes == whole[0].packed_bytes
-    assert thin[-1].packed_bytes == whole[-1].packed_bytes
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bound_is_below_and_near(seed):
+    candidates, kls = problem(6, 5, seed)
+    front = front_of(candidates, kls)
+    assert front.exact
+    for point in front:
+        assert bound_of(candidates, kls, point.packed_bytes) <= point.kl + 1e-12
+    smallest = min(point.packed_bytes for point in front)
+    assert bound_of(candidates, kls, smallest - 1) == np.inf

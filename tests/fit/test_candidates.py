@@ -10,7 +10,7 @@ from edgewise.core.numbers import QuantFormat
 from edgewise.engine.archs import plan_of
 from edgewise.engine.build import linears_of
 from edgewise.engine.packing import layout_of, recipe_of
-from edgewise.fit.candidates import LADDER, candidates_of, groups_of
+from edgewise.fit.candidates import LADDER, candidates_of, groups_of, items_of
 from edgewise.fit.rounding import quantised
 from tiny_checkpoint import tiny_checkpoint
 
@@ -18,14 +18,19 @@ FORMATS = [QuantFormat.parse(name) for name in LADDER]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("bands", [1, 3])
-def test_every_weight_is_in_one_group(tied, bands):
+@pytest.mark.parametrize(("bands", "count"), [(1, 8), (3, 22), (7, 50), (99, 50), (None, 50)])
+def test_every_weight_is_in_one_group(tied, bands, count):
     plan = plan_of(tiny_checkpoint(tied=tied, layers=7))
-    groups = groups_of(plan, bands=bands)
+    groups = items_of(plan) if bands is None else groups_of(plan, bands=bands)
     names = [name for group in groups for name in group.weights]
     assert sorted(names) == sorted({linear.name for linear in linears_of(plan)})
     assert len(names) == len(set(names))
-    assert len(groups) == (7 if bands == 1 else 19) + (not tied)
+    assert len(groups) == count + (not tied)
+    if bands == 3:
+        assert [group.name for group in groups if group.name.startswith("down")] == [
+            "down, layers 0 to 2", "down, layers 3 to 4", "down, layers 5 to 6"]
+    if bands is None:
+        assert [(item.name, item.layer) for item in groups[1:4]] == [("query", 0), ("key", 0), ("value", 0)]
 
 
 def test_bytes_are_those_that_packing_takes():
@@ -50,7 +55,7 @@ def test_the_first_keeps_the_group_and_the_others_shrink_it():
     assert sizes == sorted(sizes, reverse=True)
     assert len(every) == 1 + len(LADDER)
     few = candidates_of(group, FORMATS, 3)
-    assert [each.label for each in few] == ["as stored", LADDER[0], LADDER[4], LADDER[-1]]
+    assert [each.label for each in few] == ["as stored", LADDER[0], LADDER[6], LADDER[-1]]
 
 
 def test_weights_of_few_bits_are_not_spread_over_more():

@@ -35,7 +35,7 @@ def test_the_model_keeps_the_budget_and_most_of_its_quality(fitted):
     assert model.context == result.checkpoint.config["edgewise_run"]["context"] >= 1024
     assert not [item for item in notices if item.kind != "info"]
     assert result.report["quality"] > 0.7
-    assert len(result.report.tables[1].rows) == 7
+    assert [len(table.rows) for table in result.report.tables[1:3]] == [8, 31]
     assert "Paris" in model.generate("What is the capital of France?", max_tokens=32).result().text
 
 

@@ -12,8 +12,9 @@ from edgewise import load
 from edgewise.core.budget import Budget
 from edgewise.core.errors import BudgetError, InvalidValueError, UnsupportedError, collect_notices
 from edgewise.core.report import Report
+from edgewise.core.storage import QuantizedTensor
 from edgewise.engine.loading import model_of
-from edgewise.fit import fit
+from edgewise.fit import fit, search
 from edgewise.formats.folder import read_folder
 from edgewise.measure.quality import divergence
 from tiny_checkpoint import tiny_checkpoint, tiny_encoder
@@ -117,7 +118,7 @@ def test_an_impossible_memory_names_the_smallest_that_is_possible():
 
 def test_an_impossible_quality_says_what_was_reached():
     with pytest.raises(BudgetError, match=r"reaches quality 0\.\d+, measured"):
-        fitted(Budget(memory_bytes=parts(60)[1], quality=0.99999))
+        fitted(Budget(memory_bytes=parts(60)[1], quality=0.9999999))
 
 
 def test_an_impossible_storage_names_the_smallest():
@@ -145,7 +146,9 @@ def test_lineage_tells_formats_and_text(tmp_path):
     result, _ = fitted(Budget(memory_bytes=parts(65)[1]), out=tmp_path / "out")
     step = read_folder(tmp_path / "out").lineage[-1]
     assert step.name == "fit"
-    assert step.config["formats"].keys() == {"embedding", "query and key", "value", "output", "gate", "up", "down"}
+    kinds = ("query", "key", "value", "output", "gate", "up", "down")
+    assert step.config["formats"].keys() == {"embedding", *(f"{layer} {kind}" for layer in (0, 1) for kind in kinds)}
+    assert step.config["method"] == "rtn"  # the text is too short for another
     assert len(step.config["text_sha256"]) == 64
     assert step == result.checkpoint.lineage[-1]
 
@@ -159,8 +162,8 @@ def test_reports_lie_beside_the_model_and_the_folder_can_be_made_again(tmp_path)
     assert svg.startswith("<svg")
     assert "Pareto" in svg
     assert [table.title.split(",")[0].split(" at")[0] for table in result.report.tables] == [
-        "Before and after", "Formats", "Pareto front"]
-    assert sum(row[-1] == "chosen" for row in result.report.tables[2].rows) == 1
+        "Before and after", "Formats by class", "Format of every weight", "Pareto front"]
+    assert sum(row[-1] == "chosen" for row in result.report.tables[3].rows) == 1
 
 
 def test_a_foreign_folder_is_refused_before_any_work(tmp_path):
@@ -171,10 +174,57 @@ def test_a_foreign_folder_is_refused_before_any_work(tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.slow
-def test_full_search_takes_layers_apart():
-    result, _ = fitted(Budget(memory_bytes=parts(65)[1]), tiny(layers=6), search="full")
-    assert len(result.report.tables[1].rows) == 19
+def test_full_search_measures_every_weight(monkeypatch):
+    asked = []
+    real = search.rates_of
+    monkeypatch.setattr(search, "rates_of", lambda *given: asked.append(len(given[2])) or real(*given))
+    for kind in ("quick", "full"):
+        result, _ = fitted(Budget(memory_bytes=parts(65)[1]), tiny(layers=6), search=kind)
+        assert len(result.report.tables[2].rows) == 7
+    assert asked == [1 + 7 * 5, 1 + 7 * 6]
+
+
+LONG = np.random.default_rng(2).integers(4, 260, 20_000).astype(np.int32)
+
+
+def few_bits(methods, **options):
+    with collect_notices() as notices:
+        result = fit(tiny(), Budget(memory_bytes=parts(60)[1]), text_from=LONG, threads=1, formats=(
+            "int3/g32/fp16/min", "int2/g32/fp16/min"), methods=methods, **options)
+    return result, notices
+
+
+def test_gptq_is_tried_and_kept_where_it_is_closer():
+    off, _ = few_bits(("rtn",))
+    on, _ = few_bits(("rtn", "gptq"))
+    assert off.report["method"] == "rounding to nearest"
+    assert on.report["method"].startswith("GPTQ: KL ")
+    assert on.checkpoint.lineage[-1].config["method"] == "gptq"
+    assert on.report["memory_bytes"] == off.report["memory_bytes"]
+    assert on.report["quality"] > off.report["quality"]
+    for name, stored in off.checkpoint.tensors.items():
+        assert getattr(stored, "format", None) == getattr(on.checkpoint.tensors[name], "format", None)
+
+
+def test_gptq_is_left_where_rounding_is_closer(monkeypatch):
+    off, _ = few_bits(("rtn",))
+
+    def worse(checkpoint, formats, windows, threads, progress):
+        return {name: QuantizedTensor(np.zeros_like(made.codes), made.scales, made.format, minima=made.minima)
+                for name, made in ((name, off.checkpoint.tensors[name]) for name in formats)}
+
+    monkeypatch.setattr(search, "by_gptq", worse)
+    on, _ = few_bits(("rtn", "gptq"))
+    assert on.report["method"].startswith("rounding to nearest: KL ")
+    assert on.report["quality"] == off.report["quality"]
+
+
+def test_the_choice_is_within_its_bound_and_predictions_are_stated():
+    result, _ = few_bits(("rtn",))
+    assert result.report["allocation"] == "exact"
+    assert result.report["quality predicted"] <= result.report["quality bound"] <= 1
+    assert result.report["memory predicted"] == result.report["memory_bytes"]
+    assert result.report["tokens_per_s predicted"] > 0
 
 
 def test_unusable_questions_are_refused():
@@ -182,6 +232,8 @@ def test_unusable_questions_are_refused():
         fitted(Budget())
     with pytest.raises(InvalidValueError, match="given also joules"):
         fitted(Budget(memory_bytes=10, joules=1.0))
+    with pytest.raises(InvalidValueError, match="methods are rtn, or rtn and gptq; given gptq"):
+        fitted(Budget(memory_bytes=10), methods=("gptq",))
     with pytest.raises(InvalidValueError, match="search is quick or full"):
         fitted(Budget(memory_bytes=10), search="deep")
     with pytest.raises(InvalidValueError, match="at least one position"):

@@ -9,8 +9,9 @@ from edgewise.core.checkpoint import Step
 from edgewise.core.errors import EdgewiseWarning, InvalidValueError, UnsupportedError
 from edgewise.core.numbers import QuantFormat
 from edgewise.engine.loading import model_of
-from edgewise.fit.candidates import candidates_of, groups_of
-from edgewise.fit.sensitivity import Bench, importance_of, kl_rows, sample_of, sensitivities
+from edgewise.fit.candidates import candidates_of, groups_of, items_of
+from edgewise.fit.rounding import quantised
+from edgewise.fit.sensitivity import Bench, errors_of, importance_of, kl_rows, rates_of, sample_of
 from edgewise.measure.quality import kl_divergence
 from tiny_checkpoint import tiny_checkpoint, tiny_encoder
 
@@ -37,24 +38,48 @@ def test_kl_of_unequal_shapes_is_refused():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_one_group_alone_equals_the_whole_model_with_that_change(tied):
+def test_a_rate_is_the_divergence_of_the_whole_model_with_that_change_over_its_error(tied):
     checkpoint = tiny_checkpoint(tied=tied)
     bench = Bench(checkpoint, threads=1)
     sample = sample_of(IDS, context=64, tokens=128, checked=64)
     importance = importance_of(checkpoint, sample, 1)
     reference = bench.reference(sample.search)
     groups = groups_of(bench.plan)
-    candidates = [candidates_of(group, [QuantFormat.parse("int3/g32/fp16/min")]) for group in groups]
-    measured = sensitivities(bench, reference, groups, candidates, importance)
+    rates = rates_of(bench, reference, groups, importance)
     source = model_of(checkpoint, threads=1, context=64, kv="bf16")
-    for group, choices, (kept, changed) in zip(groups, candidates, measured, strict=True):
-        assert kept == 0.0
-        tensors = {**checkpoint.tensors, **{name: bench.rounded(group, name, choices[1], importance)
-                                            for name in choices[1].replaced}}
-        model = model_of(checkpoint.with_tensors(tensors, Step("test")), threads=1, context=64, kv="bf16")
+    for group in groups:
+        choice = candidates_of(group, [QuantFormat.parse("int3/g32/fp16/min")])[1]
+        changed = {name: bench.rounded(group, name, choice, importance) for name in choice.replaced}
+        model = model_of(checkpoint.with_tensors({**checkpoint.tensors, **changed}, Step("test")), threads=1,
+                         context=64, kv="bf16")
         slow = np.mean([kl_divergence(source.forward(ids), model.forward(ids)) for ids in sample.search])
-        assert changed == pytest.approx(slow, rel=1e-4)
-        assert changed > 1e-4
+        error = sum(float((np.square(made.dense() - group.weights[name].dense(), dtype=np.float64)
+                           * importance.get(name, 1)).sum()) for name, made in changed.items())
+        for name in group.weights:
+            assert rates[name] == pytest.approx(slow / error, rel=1e-4)
+        assert slow > 1e-4
+
+
+def test_errors_are_rates_times_squared_errors_and_grow_as_bits_fall(monkeypatch):
+    checkpoint = tiny_checkpoint()
+    plan = Bench(checkpoint, threads=1).plan
+    importance = importance_of(checkpoint, sample_of(IDS, context=64, tokens=128, checked=64), 1)
+    items = items_of(plan)
+    candidates = [candidates_of(item, [QuantFormat.parse(f"int{bits}/g32/fp16") for bits in (8, 6, 4, 3)], None)
+                  for item in items]
+    rates = {name: 0.5 + len(name) for item in items for name in item.weights}
+    found = errors_of(items, candidates, rates, importance, 2)
+    for item, choices, row in zip(items, candidates, found, strict=True):
+        assert row[0] == 0.0
+        assert row == sorted(row)
+        (name, stored), = item.weights.items()
+        for choice, cost in zip(choices[1:], row[1:], strict=True):
+            gap = quantised(stored, choice.format, importance=importance[name]).dense() - stored.dense()
+            slow = rates[name] * float((np.square(gap, dtype=np.float64) * importance[name]).sum())
+            assert cost == pytest.approx(slow, rel=1e-4)
+    monkeypatch.setattr("edgewise.fit.sensitivity._ERROR_ROWS", 32)
+    few = errors_of(items, candidates, rates, importance, 1)
+    np.testing.assert_allclose(np.array(few)[:, 1:], np.array(found)[:, 1:], rtol=0.25)
 
 
 def test_the_source_is_at_no_distance_and_kv_formats_are_at_some():
@@ -85,13 +110,16 @@ def test_a_large_vocabulary_compares_fewer_positions(monkeypatch):
 
 def test_search_and_check_are_apart_and_spread():
     ids = np.arange(10_000, dtype=np.int32)
-    sample = sample_of(ids, context=8192)
+    sample = sample_of(ids, context=8192, calibrated=2048)
     assert sample.search.shape == (4, 128)
     assert sample.check.shape == (4, 512)
-    seen = np.concatenate([sample.search.ravel(), sample.check.ravel()])
+    assert sample.calibration.shape == (4, 512)
+    seen = np.concatenate([sample.search.ravel(), sample.check.ravel(), sample.calibration.ravel()])
     assert len(np.unique(seen)) == len(seen)
     assert seen.max() > 8000
-    assert all((np.diff(window) == 1).all() for window in (*sample.search, *sample.check))
+    assert all((np.diff(window) == 1).all() for window in (*sample.search, *sample.check, *sample.calibration))
+    assert sample_of(ids, context=8192).calibration.shape == (0, 512)
+    assert sample_of(ids[:3000], context=8192, calibrated=9999).calibration.size < 3000 - 2560
 
 
 @pytest.mark.parametrize("length", [640, 700, 1153, 2559, 2560])

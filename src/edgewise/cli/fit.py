@@ -33,9 +33,11 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", help="Write the fitted model to this folder.",
                                              show_default=False)] = None,
     text: Annotated[str, typer.Option("--text", help="What to measure on: a file, or a text by name.")] = "pydoc",
-    search: Annotated[str, typer.Option("--search", help="quick, or full: more formats, layers and text.")] = "quick",
+    search: Annotated[str, typer.Option("--search", help="quick, or full: every weight measured by itself, on more "
+                                        "text.")] = "quick",
     formats: Annotated[str | None, typer.Option("--formats", help="Formats to choose from, by commas, such as "
                                                 "int8/g32,int4/g32/fp16/min.", show_default=False)] = None,
+    methods: Annotated[str, typer.Option("--methods", help="What may be tried, by commas: rtn, gptq.")] = "rtn,gptq",
     threads: Annotated[int | None, typer.Option("--threads", help="Threads; by default one per usable core.",
                                                 show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that something else wrote.",
@@ -55,6 +57,7 @@ def command(
         result = fit(model, budget, out=out, context=context, text_from=text,
                      search="full" if search == "full" else "quick",
                      formats=None if formats is None else [part.strip() for part in formats.split(",")],
+                     methods=[part.strip() for part in methods.split(",") if part.strip()],
                      threads=threads, overwrite=overwrite, offline=True if offline else None, progress=progress)
     report: Report = result.report
     return report

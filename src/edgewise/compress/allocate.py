@@ -29,6 +29,7 @@ __all__ = ["LEVELS", "Front", "front_of", "lower_bound"]
 
 LEVELS = 1 << 18
 """Steps of size that the programming distinguishes."""
+_MOST_OPTIONS = 127
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Front:
 
     sizes: NDArray[np.int64]
     losses: NDArray[np.float64]
-    picks: NDArray[np.int16]
+    picks: NDArray[np.int8]
     exact: bool
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ def front_of(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
     # Of every level the choice; what a larger limit does not improve on is no point of the front.
     better = np.concatenate([[True], least[1:] < least[:-1]])
     level = np.flatnonzero(better)
-    picks = np.empty((len(level), len(extras)), np.int16)
+    picks = np.empty((len(level), len(extras)), np.int8)
     left = level.copy()
     for item in range(len(extras) - 1, -1, -1):
         picks[:, item] = picked[item][np.minimum(left, len(picked[item]) - 1)]
@@ -86,14 +87,14 @@ def front_of(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
 
 
 def _programme(steps: Sequence[NDArray[np.int64]], losses: Sequence[NDArray[np.float64]]
-               ) -> tuple[NDArray[np.float64], list[NDArray[np.int16]]]:
+               ) -> tuple[NDArray[np.float64], list[NDArray[np.int8]]]:
     """(least loss within each level, the option of each item at each level of what it and those before it take)."""
     least = np.zeros(1)
-    picked: list[NDArray[np.int16]] = []
+    picked: list[NDArray[np.int8]] = []
     for step, loss in zip(steps, losses, strict=True):
         top = len(least) - 1
         grown = np.full(top + int(step.max()) + 1, np.inf)
-        choice = np.zeros(len(grown), np.int16)
+        choice = np.zeros(len(grown), np.int8)
         for option in np.lexsort((step, loss)):  # of equal sums the option that saves itself least
             start, gain = int(step[option]), float(loss[option])
             reach = np.full(len(grown) - start, least[-1])
@@ -101,7 +102,7 @@ def _programme(steps: Sequence[NDArray[np.int64]], losses: Sequence[NDArray[np.f
             reach += gain
             better = reach < grown[start:]
             np.copyto(grown[start:], reach, where=better)
-            np.copyto(choice[start:], np.int16(option), where=better)
+            np.copyto(choice[start:], np.int8(option), where=better)
         least = grown
         picked.append(choice)
     return least, picked
@@ -150,6 +151,8 @@ def _check(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) ->
         if not len(size) or len(size) != len(loss):
             raise InvalidValueError(f"item {item} has {len(size)} sizes and {len(loss)} losses; expected as many, and "
                                     "at least one")
+        if len(size) > _MOST_OPTIONS:
+            raise InvalidValueError(f"item {item} has {len(size)} options; at most {_MOST_OPTIONS} are told apart")
         if min(size) < 0 or not all(math.isfinite(value) for value in loss):
             raise InvalidValueError(f"item {item}: sizes are not negative and losses finite; given {list(size)} and "
                                     f"{list(loss)}")

@@ -1,14 +1,14 @@
 """Tensor groups of a model, and the number formats that each may take.
 
-A group is what the search moves together: the embedding (with the head, where they are one table), the head, query
-and key, value, output, gate, up, down, and the routers where there are experts. A candidate is a format that has a
-kernel; within a group it replaces only the weights that it makes smaller, so that a weight stored in few bits is never
-spread over more.
+An item is what the search gives a format of its own: one weight of one layer (the experts of a layer together), the
+embedding (with the head, where they are one table), the head. A group is what a sensitivity is measured of: the items
+of one class in a band of layers. A candidate is a format that has a kernel; it replaces only the weights that it makes
+smaller, so that a weight stored in few bits is never spread over more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,12 +19,13 @@ from edgewise.core.storage import Stored
 from edgewise.engine.packing import packed_nbytes, recipe_of
 from edgewise.engine.plan import Experts, Plan
 
-__all__ = ["LADDER", "Candidate", "TensorGroup", "aligned", "candidates_of", "groups_of"]
+__all__ = ["LADDER", "Candidate", "TensorGroup", "aligned", "candidates_of", "groups_of", "items_of"]
 
 LADDER: tuple[str, ...] = (
-    "int8/g32/fp16", "int6/g32/fp16", "int5/g32/fp16", "int4/g32/fp16/min", "int4/g64/fp16/min", "int3/g32/fp16/min",
-    "int3/g64/fp16/min", "int2/g32/fp16/min", "int2/g64/fp16/min")
-"""Formats that the search considers, by falling bits per weight: 8.5, 6.5, 5.5, 5, 4.5, 4, 3.5, 3, 2.5."""
+    "int8/g32/fp16", "int6/g32/fp16", "int6/g64/fp16", "int5/g32/fp16", "int5/g64/fp16", "int4/g32/fp16/min",
+    "int4/g32/fp16", "int4/g64/fp16/min", "int4/g64/fp16", "int3/g32/fp16/min", "int3/g64/fp16/min",
+    "int2/g32/fp16/min", "int2/g64/fp16/min")
+"""Formats that the search considers, by falling bits per weight: 8.5 down to 2.5."""
 
 _PAGE_BYTES = 4096
 _WORTH = 0.98
@@ -45,6 +46,7 @@ class TensorGroup:
     packed_bytes: int
     stored_bytes: int
     parameters: int
+    layer: int | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,13 +69,30 @@ class Candidate:
 
 
 def groups_of(plan: Plan, *, bands: int = 1) -> list[TensorGroup]:
-    """The groups of a plan. bands: 3 takes the first two and the last two layers apart from those between."""
-    members: dict[str, dict[str, Stored]] = {"embedding": {plan.embedding.name: plan.embedding.weight}}
+    """The groups of a plan: of each class of weights so many bands of layers, as even as can be."""
+    members: dict[str, dict[str, Stored]] = {}
+    layers = len(plan.layers)
+    bands = min(bands, layers)
+    for kind, index, name, stored in _weights_of(plan):
+        band = "" if index is None or bands == 1 else _band(index * bands // layers, bands, layers)
+        members.setdefault(f"{kind}{band}", {})[name] = stored
+    return [_group(name, weights) for name, weights in members.items()]
+
+
+def items_of(plan: Plan) -> list[TensorGroup]:
+    """Every weight by itself, the experts of a layer together; a layer's items follow each other."""
+    members: dict[tuple[str, int | None], dict[str, Stored]] = {}
+    for kind, index, name, stored in _weights_of(plan):
+        members.setdefault((kind, index), {})[name] = stored
+    return [_group(kind, weights, index) for (kind, index), weights in members.items()]
+
+
+def _weights_of(plan: Plan) -> Iterator[tuple[str, int | None, str, Stored]]:
+    """(class, layer, name, weight) of every weight, once."""
+    yield "embedding", None, plan.embedding.name, plan.embedding.weight
     for index, layer in enumerate(plan.layers):
         attention = layer.attention
-        band = _band(index, len(plan.layers)) if bands > 1 else ""
-        parts = [("query and key", attention.q), ("query and key", attention.k), ("value", attention.v),
-                 ("output", attention.o)]
+        parts = [("query", attention.q), ("key", attention.k), ("value", attention.v), ("output", attention.o)]
         if isinstance(layer.feed_forward, Experts):
             parts.append(("router", layer.feed_forward.router))
             if layer.feed_forward.shared_gate is not None:
@@ -82,23 +101,21 @@ def groups_of(plan: Plan, *, bands: int = 1) -> list[TensorGroup]:
             if ffn.gate is not None:
                 parts.append(("gate", ffn.gate))
             parts += [("up", ffn.up), ("down", ffn.down)]
-        for name, linear in parts:
-            members.setdefault(f"{name}{band}", {})[linear.name] = linear.weight
+        for kind, linear in parts:
+            yield kind, index, linear.key, linear.weight
     if plan.head is not None and plan.head.weight is not plan.embedding.weight:
-        members["head"] = {plan.head.name: plan.head.weight}
-    return [_group(name, weights) for name, weights in members.items()]
+        yield "head", None, plan.head.name, plan.head.weight
 
 
-def _band(index: int, layers: int) -> str:
-    if layers < 6:
-        return ""
-    return ", first two layers" if index < 2 else ", last two layers" if index >= layers - 2 else ", between"
+def _band(band: int, bands: int, layers: int) -> str:
+    first, last = -(-band * layers // bands), -(-(band + 1) * layers // bands) - 1
+    return f", layer {first}" if first == last else f", layers {first} to {last}"
 
 
-def _group(name: str, weights: dict[str, Stored]) -> TensorGroup:
+def _group(name: str, weights: dict[str, Stored], layer: int | None = None) -> TensorGroup:
     packed = sum(aligned(recipe_of(weight_name, stored).nbytes) for weight_name, stored in weights.items())
     return TensorGroup(name, weights, packed, sum(stored.nbytes for stored in weights.values()),
-                       sum(int(np.prod(stored.shape)) for stored in weights.values()))
+                       sum(int(np.prod(stored.shape)) for stored in weights.values()), layer)
 
 
 def candidates_of(group: TensorGroup, formats: Sequence[QuantFormat], count: int | None = 5) -> list[Candidate]:
@@ -118,9 +135,11 @@ def candidates_of(group: TensorGroup, formats: Sequence[QuantFormat], count: int
 
 def _candidate(group: TensorGroup, fmt: QuantFormat) -> Candidate | None:
     replaced, packed, stored_bytes = [], 0, 0
+    size = fmt.granularity.group
     for name, stored in group.weights.items():
         before, after = recipe_of(name, stored).nbytes, packed_nbytes(fmt, stored.shape)
-        if after is not None and after < before:
+        part_of_another = name.endswith("]")  # rows of a tensor that several linears lie in stay as they are
+        if after is not None and after < before and not part_of_another and (not size or stored.shape[1] % size == 0):
             replaced.append(name)
             packed += aligned(after)
             stored_bytes += fmt.nbytes(stored.shape)

@@ -16,7 +16,7 @@ from edgewise.core.budget import Budget
 from edgewise.core.errors import BudgetError, notice
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.plan import Plan
-from edgewise.fit.allocate import Allocation
+from edgewise.fit.allocate import Allocation, Points
 
 __all__ = ["BATCH", "Choice", "Space", "choose", "context_limit", "front_with_kv", "smallest"]
 
@@ -25,6 +25,7 @@ FLOORS = (1024, 512, 256)
 BATCH = 64
 """Tokens per pass that scratch memory is planned for: at half this, reading a prompt is markedly slower."""
 _SMALLEST_BATCH = 16
+_SHOWN = 400
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Space:
     """
 
     plan: Plan
-    fronts: Sequence[Sequence[Allocation]]
+    fronts: Sequence[Points]
     kvs: Mapping[str, float]
     threads: int
     other_bytes: int
@@ -57,8 +58,6 @@ class Space:
         return (kv_bytes(self.plan, kv, context, batch=batch)
                 + scratch_bytes(self.plan, context, batch, self.threads, kv=kv))
 
-    def all(self) -> list[Allocation]:
-        return [point for front in self.fronts for point in front]
 
 
 def context_limit(plan: Plan) -> int:
@@ -95,18 +94,24 @@ def _best(space: Space, budget: Budget, context: int, batch: int, kl_limit: floa
     found: Choice | None = None
     for kv, kv_kl in space.kvs.items():
         overhead = space.overhead(kv, context, batch)
-        for point in space.all():
-            total, kl = point.packed_bytes + overhead, point.kl + kv_kl
-            if budget.memory_bytes is not None and total > budget.memory_bytes:
+        for front in space.fronts:
+            total, kl = front.packed + overhead, front.kl + kv_kl
+            fits = np.ones(len(front), bool)
+            if budget.memory_bytes is not None:
+                fits &= total <= budget.memory_bytes
+            if budget.storage_bytes is not None:
+                fits &= front.stored + space.other_bytes <= budget.storage_bytes
+            if kl_limit is not None:
+                fits &= kl <= kl_limit
+            places = np.flatnonzero(fits)
+            if not len(places):
                 continue
-            if budget.storage_bytes is not None and point.stored_bytes + space.other_bytes > budget.storage_bytes:
-                continue
-            if kl_limit is not None and kl > kl_limit:
-                continue
-            better = found is None or ((total, kl) < (found.memory_bytes, found.kl) if kl_limit is not None else
-                                       (kl, total) < (found.kl, found.memory_bytes))
-            if better:
-                found = Choice(point, kv, context, total, kl)
+            order = (kl, total) if kl_limit is not None else (total, kl)  # lexsort: the last counts most
+            best = int(places[np.lexsort(tuple(each[places] for each in order))[0]])
+            value = (int(total[best]), float(kl[best]))
+            if found is None or ((value < (found.memory_bytes, found.kl)) if kl_limit is not None else
+                                 (value[::-1] < (found.kl, found.memory_bytes))):
+                found = Choice(front[best], kv, context, *value)
     return found
 
 
@@ -129,7 +134,7 @@ def _widened(space: Space, budget: Budget, choice: Choice, limit: int, batch: in
 def smallest(space: Space, context: int) -> Choice:
     """The least memory of all, at a context."""
     kv = min(space.kvs, key=lambda kv: kv_bytes(space.plan, kv, context))
-    point = min(space.all(), key=lambda point: point.packed_bytes)
+    point = min((front[int(front.packed.argmin())] for front in space.fronts), key=lambda point: point.packed_bytes)
     return Choice(point, kv, context, point.packed_bytes + space.overhead(kv, context, _SMALLEST_BATCH),
                   point.kl + space.kvs[kv])
 
@@ -139,7 +144,7 @@ def _impossible(space: Space, budget: Budget, context: int, kl_limit: float | No
     parts = [(f"the least memory is {least.memory_bytes / 1e6:.1f} MB (weights "
               f"{least.allocation.packed_bytes / 1e6:.1f} MB, a context of {context} positions with KV {least.kv}"
               f"{f'; predicted quality {np.exp(-least.kl):.3f}' if space.measured else ''})")]
-    disk = min(point.stored_bytes for point in space.all()) + space.other_bytes
+    disk = min(int(front.stored.min()) for front in space.fronts) + space.other_bytes
     if budget.storage_bytes is not None:
         parts.append(f"the least storage is {disk / 1e6:.1f} MB")
     if kl_limit is not None:
@@ -149,12 +154,17 @@ def _impossible(space: Space, budget: Budget, context: int, kl_limit: float | No
 
 
 def front_with_kv(space: Space, context: int) -> list[Choice]:
-    """Memory at a context against predicted divergence, from the largest to the smallest, nothing beaten by another."""
-    points = [Choice(point, kv, context, point.packed_bytes + space.overhead(kv, context), point.kl + kv_kl)
-              for point in space.fronts[0] for kv, kv_kl in space.kvs.items()]
-    points.sort(key=lambda point: (point.memory_bytes, point.kl))
-    kept: list[Choice] = []
-    for point in points:
-        if not kept or point.kl < kept[-1].kl:
-            kept.append(point)
-    return kept[::-1]
+    """Memory at a context against predicted divergence, from the largest to the smallest, nothing beaten by another.
+
+    At most so many points as a plot can show, both ends among them.
+    """
+    front, kvs = space.fronts[0], list(space.kvs.items())
+    memory = np.concatenate([front.packed + space.overhead(kv, context) for kv, _ in kvs])
+    kl = np.concatenate([front.kl + kv_kl for _, kv_kl in kvs])
+    order = np.lexsort((kl, memory))
+    best = np.minimum.accumulate(kl[order])
+    kept = order[np.concatenate([[True], best[1:] < best[:-1]])][::-1]
+    if len(kept) > _SHOWN:
+        kept = kept[np.unique(np.rint(np.linspace(0, len(kept) - 1, _SHOWN)).astype(np.int64))]
+    return [Choice(front[int(place % len(front))], kvs[place // len(front)][0], context, int(memory[place]),
+                   float(kl[place])) for place in kept]

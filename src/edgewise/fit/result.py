@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgewise.core.checkpoint import Step
@@ -39,19 +39,28 @@ class Measured:
         return None if self.kl is None else math.exp(-self.kl)
 
 
-def report_of(title: str, before: Measured, after: Measured, choice: Choice, groups: Sequence[TensorGroup],
+def report_of(title: str, before: Measured, after: Measured, choice: Choice, items: Sequence[TensorGroup],
               candidates: Sequence[Sequence[Candidate]], kls: Sequence[Sequence[float]], front: Sequence[Choice],
-              *, text: tuple[str, str], positions: int, seconds: dict[str, float], written: str | None,
-              lineage: tuple[Step, ...]) -> Report:
-    """text: the name and the SHA-256 of the text measured on. seconds: of the search's stages, by name."""
+              *, text: tuple[str, str], positions: int, seconds: Mapping[str, float], methods: Mapping[str, float],
+              bound: float, exact: bool, written: str | None, lineage: tuple[Step, ...]) -> Report:
+    """text: the name and the SHA-256 of the text measured on. seconds: of the search's stages, by name. methods: what
+    each method that was tried diverges by, on the text of the search. bound: below which no allocation of these bytes
+    is, predicted; exact: nothing better is possible than the choice, as predicted."""
     assert after.kl is not None
     low, high = after.kl - 1.96 * after.kl_error, after.kl + 1.96 * after.kl_error
+    # A decode step reads every weight once: its time follows their bytes.
+    weights = before.memory.weights_bytes / after.memory.weights_bytes
     quantities = [
         Quantity("quality", after.quality, "", (math.exp(-high), math.exp(-max(low, 0.0)))),
         Quantity("quality predicted", math.exp(-choice.kl), origin="simulated"),
+        Quantity("quality bound", math.exp(-min(bound, choice.kl)), origin="simulated"),
+        Quantity("allocation", "exact" if exact else "within the bound"),
         Quantity("memory_bytes", after.memory.total_bytes, "B"),
+        Quantity("memory predicted", choice.memory_bytes, "B", origin="simulated"),
         Quantity("storage_bytes", after.disk_bytes, "B"),
         Quantity("tokens_per_s", after.decode_tokens_per_s, "tokens/s"),
+        Quantity("tokens_per_s predicted", before.decode_tokens_per_s * weights, "tokens/s", origin="simulated"),
+        Quantity("method", _method(methods)),
         Quantity("text", f"{text[0]}, SHA-256 {text[1][:16]}, {positions} positions"),
         *(Quantity(f"{name}_s", value, "s") for name, value in seconds.items()),
     ]
@@ -72,7 +81,8 @@ def report_of(title: str, before: Measured, after: Measured, choice: Choice, gro
             ("decoding, tokens/s", before.decode_tokens_per_s, after.decode_tokens_per_s))
     return Report(title, tuple(quantities),
                   (Table("Before and after", ("", "source", "fitted"), rows),
-                   _groups_table(choice, groups, candidates, kls), _front_table(front, choice)),
+                   _classes_table(choice, items, candidates, kls), _layers_table(choice, items, candidates),
+                   _front_table(front, choice)),
                   lineage=lineage)
 
 
@@ -80,17 +90,52 @@ def _mb(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB"
 
 
-def _groups_table(choice: Choice, groups: Sequence[TensorGroup], candidates: Sequence[Sequence[Candidate]],
-                  kls: Sequence[Sequence[float]]) -> Table:
+def _method(methods: Mapping[str, float]) -> str:
+    """Which method it was, and why."""
+    if not methods:
+        return "rounding to nearest"
+    best = min(methods, key=methods.__getitem__)
+    label = {"rtn": "rounding to nearest", "gptq": "GPTQ"}
+    others = ", ".join(f"{label[name]} {value:.4g}" for name, value in methods.items() if name != best)
+    return f"{label[best]}: KL {methods[best]:.4g} on the text of the search, where {others} was tried too"
+
+
+def _short(label: str) -> str:
+    return label.removesuffix("/fp16").replace("/fp16", "")
+
+
+def _classes_table(choice: Choice, items: Sequence[TensorGroup], candidates: Sequence[Sequence[Candidate]],
+                   kls: Sequence[Sequence[float]]) -> Table:
+    """One row per class of weights: which formats it got, what they take, and what they cost."""
+    classes: dict[str, list[int]] = {}
+    for place, item in enumerate(items):
+        classes.setdefault(item.name, []).append(place)
     rows = []
-    for group, choices, costs, pick in zip(groups, candidates, kls, choice.allocation.picks, strict=True):
-        others = ", ".join(f"{each.label.removesuffix('/min').removesuffix('/fp16')} {cost:.3g}"
-                           for each, cost in zip(choices, costs, strict=True) if each.format is not None)
-        rows.append((group.name, round(group.bits_per_weight, 2), choices[pick].label,
-                     round(8 * choices[pick].stored_bytes / group.parameters, 2), _mb(choices[pick].packed_bytes),
-                     costs[pick], others))
-    return Table("Formats, and the KL in nats that each would cost alone",
-                 ("group", "bits before", "format", "bits", "size", "KL", "measured"), tuple(rows))
+    for name, places in classes.items():
+        picked = [candidates[place][choice.allocation.picks[place]] for place in places]
+        counts: dict[str, int] = {}
+        for each in picked:
+            counts[_short(each.label)] = counts.get(_short(each.label), 0) + 1
+        parameters = sum(items[place].parameters for place in places)
+        rows.append((name, round(8 * sum(items[place].stored_bytes for place in places) / parameters, 2),
+                     ", ".join(f"{count} {label}" if len(places) > 1 else label for label, count in counts.items()),
+                     round(8 * sum(each.stored_bytes for each in picked) / parameters, 2),
+                     _mb(sum(each.packed_bytes for each in picked)),
+                     sum(kls[place][choice.allocation.picks[place]] for place in places)))
+    return Table("Formats by class, and the KL in nats that each is predicted to cost",
+                 ("class", "bits before", "formats", "bits", "size", "KL"), tuple(rows))
+
+
+def _layers_table(choice: Choice, items: Sequence[TensorGroup], candidates: Sequence[Sequence[Candidate]]) -> Table:
+    """The format of every weight, a layer a row."""
+    classes = list(dict.fromkeys(item.name for item in items if item.layer is not None))
+    rows: dict[str, dict[str, str]] = {}
+    for item, choices, pick in zip(items, candidates, choice.allocation.picks, strict=True):
+        row = item.name if item.layer is None else f"layer {item.layer}"
+        column = (classes[0] if classes else item.name) if item.layer is None else item.name
+        rows.setdefault(row, {})[column] = _short(choices[pick].label)
+    return Table("Format of every weight", ("", *classes), tuple(
+        (row, *(cells.get(name, "") for name in classes)) for row, cells in rows.items()))
 
 
 def _front_table(front: Sequence[Choice], choice: Choice) -> Table:

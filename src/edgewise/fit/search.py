@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,19 +20,32 @@ from numpy.typing import NDArray
 
 from edgewise.core.budget import Budget
 from edgewise.core.checkpoint import Checkpoint, Step
-from edgewise.core.errors import BudgetError, InvalidValueError, collect_notices
+from edgewise.core.errors import BudgetError, InvalidValueError, collect_notices, notice
 from edgewise.core.numbers import QuantFormat
 from edgewise.core.report import Report
 from edgewise.core.storage import LazyTensors, Stored
 from edgewise.data.texts import Text, text
 from edgewise.data.tokenizer import tokenizer_of
+from edgewise.engine.archs import plan_of
 from edgewise.engine.loading import model_of
 from edgewise.engine.model import LanguageModel
-from edgewise.fit.allocate import front_of
-from edgewise.fit.candidates import LADDER, Candidate, TensorGroup, candidates_of, groups_of
+from edgewise.engine.packing import pack_one, recipe_of
+from edgewise.fit.allocate import bound_of, front_of
+from edgewise.fit.candidates import LADDER, Candidate, TensorGroup, candidates_of, groups_of, items_of
 from edgewise.fit.choose import Choice, Space, choose, context_limit, front_with_kv
+from edgewise.fit.refine import by_gptq
 from edgewise.fit.result import Measured, pareto_plot, report_of
-from edgewise.fit.sensitivity import SOURCE_KV, Bench, Sample, importance_of, kl_rows, sample_of, sensitivities
+from edgewise.fit.sensitivity import (
+    SOURCE_KV,
+    Bench,
+    Reference,
+    Sample,
+    errors_of,
+    importance_of,
+    kl_rows,
+    rates_of,
+    sample_of,
+)
 from edgewise.formats.cache import write_aside
 from edgewise.formats.folder_writer import check_target, write_folder
 from edgewise.formats.sources import open_checkpoint
@@ -42,8 +55,17 @@ __all__ = ["FitResult", "fit"]
 
 Progress = Callable[[str, int, int], None]
 Search = Literal["quick", "full"]
-TOKENS = {"quick": 512, "full": 2048}
+METHODS = ("rtn", "gptq")
+TOKENS = {"quick": 512, "full": 1024}
+"""That sensitivities are measured on."""
+CALIBRATED = {"quick": 8192, "full": 24576}
+"""That GPTQ is calibrated on."""
+_BANDS = 5
+"""Of layers, which a quick search measures together; a full one measures every weight by itself."""
+_LEAST_CALIBRATED = 2048
 _TRIES = 6
+_NEAR = 0.85
+"""Of the divergence that a quality allows: a result that uses less is tried to be made smaller, once."""
 _KVS = ("int8", "int4")
 """KV formats beside the source's."""
 _SPEED_TOKENS = 48
@@ -60,17 +82,19 @@ class FitResult:
 
 def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str | Path | None = None,
         context: int | None = None, text_from: str | Sequence[int] = "pydoc", search: Search = "quick",
-        formats: Sequence[str | QuantFormat] | None = None, threads: int | None = None, overwrite: bool = False,
-        offline: bool | None = None, progress: Progress | None = None) -> FitResult:
-    """Choose number formats per tensor group, the KV format and the context, within a budget.
+        formats: Sequence[str | QuantFormat] | None = None, methods: Sequence[str] = METHODS,
+        threads: int | None = None, overwrite: bool = False, offline: bool | None = None,
+        progress: Progress | None = None) -> FitResult:
+    """Choose a number format for every weight, the KV format and the context, within a budget.
 
     budget: memory_bytes, storage_bytes and quality are used; quality alone takes the least memory that reaches it.
     context: positions; by default as many as fit, at least 1024 where possible. out: a folder to write.
-    text_from: a text as `edgewise.data.texts.text` names it, or token ids. search: "full" takes every format of the
-    ladder, first and last layers apart, on four times the text. formats: instead of the ladder.
+    text_from: a text as `edgewise.data.texts.text` names it, or token ids. search: "full" measures every weight by
+    itself instead of bands of layers, on twice the text. formats: instead of the ladder. methods: "gptq" is tried on
+    what was chosen, and kept where it is closer to the source than rounding ("rtn").
     Raises BudgetError with the smallest budget that can be met, and what `load` raises.
     """
-    _check(budget, context, search)
+    _check(budget, context, search, methods)
     if out is not None:
         check_target(out, overwrite=overwrite)
     threads = threads or usable_cores().usable
@@ -78,23 +102,26 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
         os.fspath(source), offline=offline, progress=progress)
     bench = Bench(checkpoint, threads=threads, progress=progress)
     name, digest, ids = _ids(checkpoint, text_from, offline, progress)
-    sample = sample_of(ids, context=context_limit(bench.plan), tokens=TOKENS[search])
+    sample = sample_of(ids, context=context_limit(bench.plan), tokens=TOKENS[search],
+                       calibrated=CALIBRATED[search] if "gptq" in methods else 0)
 
     started = time.perf_counter()
     ladder = [fmt if isinstance(fmt, QuantFormat) else QuantFormat.parse(fmt) for fmt in formats or LADDER]
-    groups = groups_of(bench.plan, bands=3 if search == "full" else 1)
-    candidates = [candidates_of(group, ladder, None if search == "full" else 5) for group in groups]
-    other_bytes = _other_bytes(checkpoint, groups)
-    _possible(bench, candidates, threads, other_bytes, budget, context)
+    items = items_of(bench.plan)
+    candidates = [candidates_of(item, ladder, None) for item in items]
+    other = other_bytes(checkpoint)
+    _possible(bench, candidates, threads, other, budget, context)
     importance = importance_of(checkpoint, sample, threads)
     reference = bench.reference(sample.search)
-    kls = sensitivities(bench, reference, groups, candidates, importance, progress)
+    groups = items if search == "full" else groups_of(bench.plan, bands=_BANDS)
+    rates = rates_of(bench, reference, groups, importance, progress)
+    kls = errors_of(items, candidates, rates, importance, threads, progress)
     kvs = {SOURCE_KV: 0.0, **{kv: bench.kl(reference, kv=kv) for kv in _KVS}}
     searched_s = time.perf_counter() - started
 
-    space = Space(bench.plan, [front_of(candidates, kls, by) for by in ("packed", "stored")], kvs, threads,
-                  other_bytes)
-    fitted = _Fitted(checkpoint, bench, groups, candidates, importance, budget, digest, search)
+    space = Space(bench.plan, [front_of(candidates, kls, by) for by in ("packed", "stored")], kvs, threads, other)
+    fitted = _Fitted(checkpoint, bench, items, candidates, importance, budget, digest, search, reference, sample,
+                     tuple(methods), progress)
     choice, result, before, after = _settle(fitted, space, sample, context, threads)
 
     folder: Path | None = None
@@ -103,9 +130,12 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
         folder = write_folder(result, out, overwrite=overwrite, progress=progress)
         after = replace(after, disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
     report = report_of(
-        f"{checkpoint.metadata.get('name') or checkpoint.source}: fitted to {budget!r}", before, after, choice, groups,
+        f"{checkpoint.metadata.get('name') or checkpoint.source}: fitted to {budget!r}", before, after, choice, items,
         candidates, kls, front_with_kv(space, choice.context), text=(name, digest), positions=sample.check.size,
         seconds={"sensitivities": searched_s, "all": time.perf_counter() - started},
+        methods=fitted.said.get(choice.allocation.picks, {}),
+        bound=bound_of(candidates, kls, choice.allocation.packed_bytes) + kvs[choice.kv],
+        exact=all(front.exact for front in space.fronts),
         written=None if folder is None else str(folder), lineage=lineage)
     if broken := budget.check(report):
         raise BudgetError(f"{broken[0]}, though the choice was made for less; ask for a little less")
@@ -114,7 +144,9 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
     return FitResult(result, report, folder)
 
 
-def _check(budget: Budget, context: int | None, search: str) -> None:
+def _check(budget: Budget, context: int | None, search: str, methods: Sequence[str]) -> None:
+    if not methods or set(methods) - set(METHODS) or "rtn" not in methods:
+        raise InvalidValueError(f"methods are rtn, or rtn and gptq; given {', '.join(methods) or 'none'}")
     used = {"memory_bytes", "storage_bytes", "quality"}
     if not budget.limits().keys() & used:
         raise InvalidValueError("fit needs a limit: memory, storage or quality; given none of them")
@@ -149,47 +181,83 @@ def _ids(checkpoint: Checkpoint, text_from: str | Sequence[int], offline: bool |
     return known.name, known.sha256, np.asarray(encoded, np.int32)
 
 
-def _other_bytes(checkpoint: Checkpoint, groups: Sequence[TensorGroup]) -> int:
-    """Bytes of a folder besides the weights of the groups: other tensors, tokenizer, configuration, reports."""
-    weights = {name for group in groups for name in group.weights}
+def other_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a folder besides the weights that take formats: other tensors, tokenizer, configuration, reports."""
+    weights = {name.partition("[")[0] for item in items_of(plan_of(checkpoint)) for name in item.weights}
     tensors = sum(checkpoint.tensors[name].nbytes for name in checkpoint.tensors if name not in weights)
     tokenizer = checkpoint.metadata.get("tokenizer", b"")
     size = len(tokenizer) if isinstance(tokenizer, bytes) else len(json.dumps(tokenizer, default=str))
     return tensors + size + 1200 * len(checkpoint.tensors) + 50_000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Fitted:
-    """Makes the checkpoint of a choice."""
+    """Makes the checkpoint of a choice. said: by the picks of what was made, the divergence that each method gave."""
 
     source: Checkpoint
     bench: Bench
-    groups: Sequence[TensorGroup]
+    items: Sequence[TensorGroup]
     candidates: Sequence[Sequence[Candidate]]
     importance: Mapping[str, NDArray[np.float32]]
     budget: Budget
     text_sha256: str
     search: Search
+    reference: Reference
+    sample: Sample
+    methods: tuple[str, ...]
+    progress: Progress | None
+    said: dict[tuple[int, ...], dict[str, float]] = field(default_factory=dict)
 
     def checkpoint(self, choice: Choice) -> Checkpoint:
         """The codes of every changed weight are held, a byte each."""
         changed: dict[str, Stored] = {}
+        formats: dict[str, QuantFormat] = {}
         chosen: dict[str, str] = {}
-        for group, choices, pick in zip(self.groups, self.candidates, choice.allocation.picks, strict=True):
+        for item, choices, pick in zip(self.items, self.candidates, choice.allocation.picks, strict=True):
             candidate = choices[pick]
-            chosen[group.name] = candidate.label
+            chosen[item.name if item.layer is None else f"{item.layer} {item.name}"] = candidate.label
             for name in candidate.replaced:
-                changed[name] = self.bench.rounded(group, name, candidate, self.importance)
-        source = self.source.tensors
-        makers: dict[str, Callable[[], Stored]] = {
-            name: (lambda name=name: changed[name] if name in changed else source[name])  # type: ignore[misc]
-            for name in source}
+                assert candidate.format is not None
+                formats[name] = candidate.format
+                changed[name] = self.bench.rounded(item, name, candidate, self.importance)
+        changed, method = self._best(changed, formats, choice.allocation.picks)
         run: dict[str, Any] = {"kv": choice.kv, "context": choice.context}
         if self.budget.memory_bytes is not None:
             run["memory_bytes"] = self.budget.memory_bytes
-        step = Step("fit", {"formats": chosen, **run, "budget": self.budget.limits(), "search": self.search,
-                            "text_sha256": self.text_sha256}, _version())
-        return replace(self.source.with_tensors(LazyTensors(makers), step, edgewise_run=run), files=())
+        step = Step("fit", {"formats": chosen, "method": method, **run, "budget": self.budget.limits(),
+                            "search": self.search, "text_sha256": self.text_sha256}, _version())
+        return replace(self.source.with_tensors(_exchanged(self.source, changed), step, edgewise_run=run), files=())
+
+    def _best(self, rounded: dict[str, Stored], formats: Mapping[str, QuantFormat],
+              picks: tuple[int, ...]) -> tuple[dict[str, Stored], str]:
+        """The method whose weights are closest to the source on the windows of the search, and its name."""
+        if not rounded or "gptq" not in self.methods:
+            return rounded, "rtn"
+        if self.sample.calibration.size < _LEAST_CALIBRATED:
+            notice("info", f"GPTQ was not tried: between the parts that are measured on, the text has "
+                   f"{self.sample.calibration.size} tokens, and {_LEAST_CALIBRATED} are needed", where="fit")
+            return rounded, "rtn"
+        layers = {name for item in self.items if item.layer is not None for name in item.weights}
+        outside = {name: stored for name, stored in rounded.items() if name not in layers}
+        base = self.source.with_tensors(_exchanged(self.source, outside), Step("fit"))
+        refined = by_gptq(base, formats, self.sample.calibration, self.bench.threads, self.progress)
+        if not refined:
+            return rounded, "rtn"
+        options = {"rtn": rounded, "gptq": {**rounded, **refined}}
+        said = self.said[picks] = {
+            name: self.bench.kl(self.reference, {weight: pack_one(recipe_of(weight, stored))
+                                                 for weight, stored in tensors.items()})
+            for name, tensors in options.items()}
+        best = min(said, key=said.__getitem__)
+        return options[best], best
+
+
+def _exchanged(source: Checkpoint, changed: Mapping[str, Stored]) -> LazyTensors:
+    tensors = source.tensors
+    makers: dict[str, Callable[[], Stored]] = {
+        name: (lambda name=name: changed[name] if name in changed else tensors[name])  # type: ignore[misc]
+        for name in tensors}
+    return LazyTensors(makers)
 
 
 def _version() -> str:
@@ -206,15 +274,26 @@ def _settle(fitted: _Fitted, space: Space, sample: Sample, context: int | None,
     led = wanted is not None and budget.memory_bytes is None and budget.storage_bytes is None
     limit = wanted if led else None
     reached: list[float] = []
+    found: tuple[Choice, Checkpoint, Measured, Measured] | None = None
     for _ in range(_TRIES):
         choice = choose(space, budget, context, kl_limit=limit)
+        if found is not None and choice.memory_bytes >= found[0].memory_bytes:
+            return found
         result = fitted.checkpoint(choice)
         source_model = model_of(fitted.source, threads=threads, kv=SOURCE_KV, context=choice.context)
         model = model_of(result, threads=threads, cache=False)
         before, after = _measured(source_model, model, fitted, choice, sample)
         assert after.kl is not None
         if wanted is None or after.kl <= wanted:
-            return choice, result, before, after
+            last = found is not None or limit is None or wanted is None or after.kl >= _NEAR * wanted
+            found = choice, result, before, after
+            if last:
+                return found
+            assert wanted is not None
+            limit = choice.kl * min(0.97 * wanted / max(after.kl, 1e-12), 4.0)  # there is room: once more with less
+            continue
+        if found is not None:
+            return found
         reached.append(math.exp(-after.kl))
         if not led:
             break
@@ -223,7 +302,9 @@ def _settle(fitted: _Fitted, space: Space, sample: Sample, context: int | None,
         limit = min(limit, choice.kl) * min(wanted / after.kl, 0.95)
         if choice.kl == 0.0:
             break
-    raise BudgetError(f"{budget!r} cannot be met: the best choice reaches quality {max(reached):.4f}, measured; "
+    if found is not None:
+        return found
+    raise BudgetError(f"{budget!r} cannot be met: the best choice reaches quality {max(reached):.6f}, measured; "
                       "give more memory or storage, or ask for less quality")
 
 
@@ -244,8 +325,8 @@ def _measured(source: LanguageModel, model: LanguageModel, fitted: _Fitted, choi
     perplexities = [math.exp(float(np.concatenate(loss).mean())) for loss in losses]
     speeds = _speeds((source, model), sample.check[0], choice.context)
     allocation = choice.allocation
-    stored = sum(group.stored_bytes for group in fitted.groups)
-    parameters = sum(group.parameters for group in fitted.groups)
+    stored = sum(group.stored_bytes for group in fitted.items)
+    parameters = sum(group.parameters for group in fitted.items)
     disk = (sum(os.path.getsize(path) for path in fitted.source.files) or fitted.source.nbytes,
             allocation.stored_bytes + fitted.source.nbytes - stored)
     return (

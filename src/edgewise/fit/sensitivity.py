@@ -1,12 +1,16 @@
-"""How far each group in each format moves the model's predictions, measured through the engine.
+"""How far each weight in each format moves the model's predictions: measured once per group, told apart by error.
 
 One group at a time is rounded, packed and put in the place of the source's; all other weights stay shared with it.
-The measure is the mean KL(source || changed) over the positions of a sample of text, in nats.
+The measure is the mean KL(source || changed) over the positions of a sample of text, in nats. For small changes KL is
+quadratic in them, so that of one group it is a number times the squared error of its weights, each column weighed by
+the mean square of its inputs. That number, the group's rate, is measured with one format; what any weight of the group
+costs in any format is then the rate times its error, for which nothing needs to run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,19 +19,20 @@ from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import InvalidValueError, UnsupportedError, notice
-from edgewise.core.storage import QuantizedTensor
+from edgewise.core.numbers import QuantFormat
+from edgewise.core.storage import QuantizedTensor, rows_of
 from edgewise.engine.archs import plan_of
 from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.loading import model_of
 from edgewise.engine.packing import pack_all, pack_one, recipe_of, unique
 from edgewise.engine.plan import Linear, layer_with
-from edgewise.fit.candidates import Candidate, TensorGroup
-from edgewise.fit.rounding import quantised
+from edgewise.fit.candidates import Candidate, TensorGroup, candidates_of
+from edgewise.fit.rounding import quantised, rounded_values
 from edgewise.formats.cache import files_key
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["SOURCE_KV", "Bench", "Importance", "Reference", "Sample", "importance_of", "kl_rows", "sample_of",
-           "sensitivities"]
+__all__ = ["SOURCE_KV", "Bench", "Importance", "Reference", "Sample", "errors_of", "importance_of", "kl_rows",
+           "rates_of", "sample_of"]
 
 Progress = Callable[[str, int, int], None]
 Ids = NDArray[np.int32]
@@ -41,20 +46,29 @@ _REFERENCE_BYTES = 128 << 20
 """What the source's logits may take; of a large vocabulary only every second, third, ... position is compared."""
 _BLOCK_ROWS = 16
 _FAR = 20.0
+_PROBES = ("int3/g32/fp16/min", "int2/g32/fp16/min", "int8/g32/fp16")
+"""Formats that rates are measured with: the first that makes a group smaller."""
+_CHUNK_ROWS = 4096
+_ERROR_ROWS = 256
+"""Rows of a weight that its error in a format is taken from."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Excerpts of a text. search: (windows, tokens) for sensitivities; check: (windows, tokens) for the result."""
+    """Excerpts of a text. search: (windows, tokens) for sensitivities; check: (windows, tokens) for the result;
+    calibration: (windows, tokens) of what lies between them, as long as those of the check."""
 
     search: Ids
     check: Ids
+    calibration: Ids
 
 
-def sample_of(ids: Sequence[int] | Ids, *, context: int, tokens: int = 512, checked: int = 2048) -> Sample:
-    """Excerpts spread evenly over a tokenised text, those of the search and those of the check apart from each other.
+def sample_of(ids: Sequence[int] | Ids, *, context: int, tokens: int = 512, checked: int = 2048,
+              calibrated: int = 0) -> Sample:
+    """Excerpts spread evenly over a tokenised text, those of the search, the check and the calibration apart.
 
-    The check takes windows of 512 tokens, the search windows of 128, both at most a `context`.
+    The check takes windows of 512 tokens, the search windows of 128, both at most a `context`. calibrated: tokens at
+    most; what the text has no room for is left out.
     """
     ids = np.asarray(ids, np.int32)
     long, short = min(512, context), min(128, context)
@@ -72,13 +86,18 @@ def sample_of(ids: Sequence[int] | Ids, *, context: int, tokens: int = 512, chec
     every = max((count + parts) // parts, 1)
     search: list[Ids] = []
     check: list[Ids] = []
+    between: list[Ids] = []
     start = 0
     for slot in range(count + parts):
         short_turn = (slot % every == every - 1 and len(search) < parts) or len(check) == count
         length = short if short_turn else long
         (search if short_turn else check).append(ids[start:start + length])
-        start += length + gap
-    return Sample(np.stack(search), np.stack(check))
+        start += length
+        between += [ids[at:at + long] for at in range(start, start + gap - long + 1, long)]
+        start += gap
+    wanted = min(calibrated // long, len(between))
+    spread = [between[place] for place in np.rint(np.linspace(0, len(between) - 1, wanted)).astype(int)]
+    return Sample(np.stack(search), np.stack(check), np.stack(spread) if spread else np.zeros((0, long), np.int32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,19 +226,69 @@ class Bench:
             yield np.asarray(session.logits(rows))
 
 
-def sensitivities(bench: Bench, reference: Reference, groups: Sequence[TensorGroup],
-                  candidates: Sequence[Sequence[Candidate]], importance: Importance,
-                  progress: Progress | None = None) -> list[list[float]]:
-    """Mean KL of each candidate of each group alone, in nats; a group as stored has none."""
-    total, done = sum(len(choices) for choices in candidates), 0
+def rates_of(bench: Bench, reference: Reference, groups: Sequence[TensorGroup], importance: Importance,
+             progress: Progress | None = None) -> dict[str, float]:
+    """By the name of each weight: nats of KL per weighted squared error of the group that it is of.
+
+    A group that no probe makes smaller, or that a probe leaves as it is, has none.
+    """
+    rates: dict[str, float] = {}
+    for done, group in enumerate(groups):
+        if progress is not None:
+            progress(f"measuring {group.name}", done, len(groups))
+        rate = _rate(bench, reference, group, importance)
+        rates.update(dict.fromkeys(group.weights, rate))
+    if progress is not None:
+        progress("measuring", len(groups), len(groups))
+    return rates
+
+
+def _rate(bench: Bench, reference: Reference, group: TensorGroup, importance: Importance) -> float:
+    for name in _PROBES:
+        candidates = candidates_of(group, [QuantFormat.parse(name)], None)
+        if len(candidates) < 2:
+            continue
+        changed, error = {}, 0.0
+        for weight in candidates[1].replaced:
+            made = bench.rounded(group, weight, candidates[1], importance)
+            source = rows_of(group.weights[weight], slice(None))
+            error += sum(_squared(made.rows(start, start + _CHUNK_ROWS).dense()
+                                  - rows_of(source, slice(start, start + _CHUNK_ROWS)).dense(), importance.get(weight))
+                         for start in range(0, source.shape[0], _CHUNK_ROWS))
+            changed[weight] = pack_one(recipe_of(weight, made))
+        if error > 0:
+            return bench.kl(reference, changed) / error
+    return 0.0
+
+
+def errors_of(items: Sequence[TensorGroup], candidates: Sequence[Sequence[Candidate]], rates: Mapping[str, float],
+              importance: Importance, threads: int, progress: Progress | None = None) -> list[list[float]]:
+    """What each candidate of each item costs in nats: rate times weighted squared error, of evenly spaced rows."""
+    def costs(item: TensorGroup, choices: Sequence[Candidate]) -> list[float]:
+        row = [0.0] * len(choices)
+        for name, stored in item.weights.items():
+            rate = rates.get(name, 0.0)
+            if not rate > 0:
+                continue
+            values = np.ascontiguousarray(stored.dense()[::max(1, stored.shape[0] // _ERROR_ROWS)])
+            share = rate * stored.shape[0] / len(values)
+            for place, candidate in enumerate(choices):
+                if name in candidate.replaced:
+                    assert candidate.format is not None
+                    made = rounded_values(values, candidate.format, importance.get(name))
+                    row[place] += share * _squared(made.dense() - values, importance.get(name))
+        return row
+
     result = []
-    for group, choices in zip(groups, candidates, strict=True):
-        row = []
-        for candidate in choices:
-            row.append(0.0 if candidate.format is None else
-                       bench.kl(reference, bench.packed(group, candidate, importance)))
-            done += 1
+    with ThreadPoolExecutor(threads) as pool:
+        for done, row in enumerate(pool.map(costs, items, candidates)):
+            result.append(row)
             if progress is not None:
-                progress(f"measuring {group.name}", done, total)
-        result.append(row)
+                progress("comparing formats", done + 1, len(items))
     return result
+
+
+def _squared(gap: Float32, importance: Float32 | None) -> float:
+    """Sum of squares, each column weighed."""
+    squares = np.square(gap).sum(axis=0, dtype=np.float64)
+    return float(squares.sum() if importance is None else squares @ importance.astype(np.float64))

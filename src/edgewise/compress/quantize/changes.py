@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,22 +51,42 @@ def rtn(fmt: QuantFormat, config: rtn_method.Rtn) -> Change:
     return change
 
 
-def gptq(fmt: QuantFormat, config: gptq_method.Gptq) -> Change:
-    """GPTQ. The linears of a group share the Hessian and are worked on as one matrix."""
+def gptq(fmt: QuantFormat | Mapping[str, QuantFormat], config: gptq_method.Gptq) -> Change:
+    """GPTQ. The linears of a group share the Hessian, and those of one format are worked on as one matrix.
+
+    fmt: of all weights, or of each by name; one that is not named stays as it is.
+    """
     def change(group: Group, tensors: Mapping[str, Stored], stats: InputStats | None) -> dict[str, Stored]:
-        if stats is None or stats.gram is None:
-            return _rounded(group, tensors, fmt, "GPTQ")
-        gram = stats.gram
-        names, weights = _weights(group, tensors)
-        if fmt.granularity.kind == "tensor" or not names:
-            return _each(group, tensors, lambda weight: gptq_method.quantize_layer(weight, gram, fmt, config))
-        with _named(group):
-            made = gptq_method.quantize_layer(np.concatenate(weights), gram, fmt, config)
-        ends = np.cumsum([0, *(len(weight) for weight in weights)])
-        return {name: made.rows(int(start), int(stop))
-                for name, start, stop in zip(names, ends[:-1], ends[1:], strict=True)}
+        together: dict[QuantFormat, list[str]] = {}
+        for name in group.names:
+            wanted = fmt if isinstance(fmt, QuantFormat) else fmt.get(name)
+            if wanted is not None and not KEPT.search(name):
+                together.setdefault(wanted, []).append(name)
+        made: dict[str, Stored] = {}
+        for each, names in together.items():
+            part = replace(group, names=tuple(names))
+            if stats is None or stats.gram is None:
+                made |= _rounded(part, tensors, each, "GPTQ")
+            elif each.granularity.kind == "tensor":
+                gram = stats.gram
+                made |= _each(part, tensors,
+                              lambda weight, each=each, gram=gram: gptq_method.quantize_layer(  # type: ignore[misc]
+                                  weight, gram, each, config))
+            else:
+                made |= _stacked(part, tensors, stats.gram, each, config)
+        return made
 
     return change
+
+
+def _stacked(group: Group, tensors: Mapping[str, Stored], gram: NDArray[np.float64], fmt: QuantFormat,
+             config: gptq_method.Gptq) -> dict[str, Stored]:
+    names, weights = _weights(group, tensors)
+    with _named(group):
+        made = gptq_method.quantize_layer(np.concatenate(weights), gram, fmt, config)
+    ends = np.cumsum([0, *(len(weight) for weight in weights)])
+    return {name: made.rows(int(start), int(stop))
+            for name, start, stop in zip(names, ends[:-1], ends[1:], strict=True)}
 
 
 def awq(fmt: QuantFormat, config: awq_method.Awq) -> Change:
