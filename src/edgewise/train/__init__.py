@@ -14,7 +14,7 @@ __all__, _opened = front_door(__name__, {
     "small_llama": "SmallLlama small_llama",
     "hooks": "TorchStats gather",
     "qat": "Phase Qat QuantizedLayer calibrate prepare quantisable stored_bits train_phases",
-    "sensitivity": "Sensitivity layer_scores under_budget weight_error widest_first",
+    "sensitivity": "Sensitivity layer_fisher layer_scores under_budget weight_error widest_first",
 })
 
 

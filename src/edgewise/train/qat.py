@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import Granularity, QuantFormat, best_peak
 from edgewise.train.fake_quant import EmaRange, fake_quantize
 
-__all__ = ["Phase", "Qat", "QuantizedLayer", "calibrate", "prepare", "quantisable", "stored_bits", "train_phases"]
+__all__ = ["Phase", "Qat", "QuantizedLayer", "calibrate", "prepare", "quantisable", "stored_bits", "train_phases",
+           "weight_format"]
 
 Batch = tuple[Any, ...]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -60,15 +62,26 @@ class Qat:
     decay: float = field(default=0.99, metadata={"of": "the running mean of the inputs' ranges"})
 
 
+def weight_format(layer: nn.Module, element: NumberFormat) -> QuantFormat:
+    """The element with one scale per output channel, and the peak that suits the weight."""
+    weight = layer.weight.detach().flatten(1).numpy()
+    return _peaked(weight.tobytes(), weight.shape, element)
+
+
+@lru_cache(maxsize=512)
+def _peaked(weight: bytes, shape: tuple[int, int], element: NumberFormat) -> QuantFormat:
+    """The search of a weight as it is: one network is prepared in many ways."""
+    fmt = QuantFormat(element, Granularity("axis"), FP32)
+    return fmt if element.kind == "int" else best_peak(np.frombuffer(weight, np.float32).reshape(shape), fmt)
+
+
 class QuantizedLayer(nn.Module):
     """A Linear or a convolution whose weight and input are rounded to a format on the way in."""
 
     def __init__(self, layer: nn.Module, element: NumberFormat, decay: float = 0.99) -> None:
         super().__init__()
         self.layer, self.element = layer, element
-        flat = layer.weight.detach().flatten(1)
-        fmt = QuantFormat(element, Granularity("axis"), FP32)
-        self.fmt = fmt if element.kind == "int" else best_peak(flat.numpy(), fmt)
+        self.fmt = weight_format(layer, element)
         self.inputs = EmaRange(element, decay)
         self.quantize_weights = self.quantize_inputs = True
         self.broken_gradient = False
@@ -97,9 +110,12 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def _choose_peak(self, x: Tensor) -> None:
-        """M of the inputs from the first tensor seen, as one row."""
-        if self.element.kind != "int" and bool(x.abs().max() > 0):
-            found = best_peak(x.detach().reshape(1, -1).numpy(), QuantFormat(self.element, Granularity("tensor"), FP32))
+        """M of the inputs, from the largest and some 2,048 evenly spaced values of the first tensor seen."""
+        flat = x.detach().flatten()
+        peak = flat.abs().max()
+        if self.element.kind != "int" and bool(peak > 0):
+            some = torch.cat([flat[::max(1, len(flat) // 2048)], peak[None]])
+            found = best_peak(some[None].float().numpy(), QuantFormat(self.element, Granularity("tensor"), FP32))
             self.inputs.limit = found.peak or self.element.max_value
         self.seen = True
 

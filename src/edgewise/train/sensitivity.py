@@ -7,8 +7,12 @@ XR-NPE (arXiv:2508.13049), "layer-adaptive hybrid-algorithmic" precision, and it
     rounding     mean squared error of the weight in the narrow format, over its mean square
     score        0.5 Fisher + 0.3 gradient + 0.2 rounding, each first brought to [0, 1] over the layers
 
-Differs from the paper: its code normalises only the sum, which leaves one term in charge. Besides its "top 18 % of
-the layers wide", any set of formats under a bit budget: the exact choice that minimises sum_l score_l err_l(format).
+The paper makes the 18 % of the layers with the highest scores wide (`widest_first`). `under_budget` generalises it to
+any set of formats under a bit budget: with F_l the Fisher information of a weight of layer l and e_l(f) its summed
+squared rounding error in format f, sum_l F_l e_l(f) / 2 is the second-order estimate of what rounding adds to the loss;
+the exact choice that minimises it is taken.
+
+Differs from the paper: its code normalises only the sum of the three terms, which leaves one of them in charge.
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from edgewise.compress.allocate import front_of
-from edgewise.core.elements import FP32, NumberFormat
+from edgewise.core.elements import NumberFormat
 from edgewise.core.errors import BudgetError, InvalidValueError
-from edgewise.core.numbers import Granularity, QuantFormat, best_peak, dequantize, quantize
-from edgewise.train.qat import quantisable
+from edgewise.core.numbers import dequantize, quantize
+from edgewise.train.qat import quantisable, weight_format
 
-__all__ = ["Sensitivity", "layer_scores", "under_budget", "widest_first"]
+__all__ = ["Sensitivity", "layer_fisher", "layer_scores", "under_budget", "widest_first"]
 
 
 @dataclass(frozen=True)
@@ -45,24 +49,33 @@ def layer_scores(model: nn.Module, batches: Sequence[tuple[Any, ...]], loss: Cal
                  narrow: NumberFormat, config: Sensitivity | None = None) -> dict[str, float]:
     """The score of every Linear and convolution of a float model, by name. batches: of a few samples each."""
     config = config or Sensitivity()
+    fisher = layer_fisher(model, batches[:config.fisher_batches], loss)
+    sizes = _gradients(model, batches[:config.gradient_batches], loss, lambda gradient: float(gradient.abs().mean()))
+    rounding = {name: weight_error(layer, narrow) for name, layer in quantisable(model).items()}
+    parts = [(config.fisher, _unit(fisher)), (config.gradient, _unit(sizes)), (config.rounding, _unit(rounding))]
+    return {name: sum(share * part[name] for share, part in parts) for name in fisher}
+
+
+def layer_fisher(model: nn.Module, batches: Sequence[tuple[Any, ...]],
+                 loss: Callable[[nn.Module, Any], Tensor]) -> dict[str, float]:
+    """Mean squared gradient by a weight of every Linear and convolution, over the batches."""
+    return _gradients(model, batches, loss, lambda gradient: float(gradient.square().mean()))
+
+
+def _gradients(model: nn.Module, batches: Sequence[tuple[Any, ...]], loss: Callable[[nn.Module, Any], Tensor],
+               of: Callable[[Tensor], float]) -> dict[str, float]:
     layers = quantisable(model)
     if not layers or not batches:
         raise InvalidValueError("a sensitivity needs at least one layer and one batch")
     model.eval()
-    squares = dict.fromkeys(layers, 0.0)
-    sizes = dict.fromkeys(layers, 0.0)
-    for place, batch in enumerate(batches[:config.fisher_batches]):
+    sums = dict.fromkeys(layers, 0.0)
+    for batch in batches:
         model.zero_grad(set_to_none=True)
         loss(model, batch).backward()
         for name, layer in layers.items():
-            gradient = layer.weight.grad
-            squares[name] += float(gradient.square().mean())
-            if place < config.gradient_batches:
-                sizes[name] += float(gradient.abs().mean())
+            sums[name] += of(layer.weight.grad) / len(batches)
     model.zero_grad(set_to_none=True)
-    rounding = {name: weight_error(layer, narrow) for name, layer in layers.items()}
-    parts = [(config.fisher, squares), (config.gradient, sizes), (config.rounding, rounding)]
-    return {name: sum(share * _unit(part)[name] for share, part in parts) for name in layers}
+    return sums
 
 
 def _unit(part: Mapping[str, float]) -> dict[str, float]:
@@ -74,9 +87,7 @@ def _unit(part: Mapping[str, float]) -> dict[str, float]:
 def weight_error(layer: nn.Module, element: NumberFormat) -> float:
     """Mean squared error of a layer's weight in a format, one scale per output channel, over its mean square."""
     weight = layer.weight.detach().flatten(1).numpy()
-    fmt = QuantFormat(element, Granularity("axis"), FP32)
-    if element.kind != "int":
-        fmt = best_peak(weight, fmt)
+    fmt = weight_format(layer, element)
     codes, scales, _ = quantize(weight, fmt)
     error = np.square(dequantize(codes, scales, fmt) - weight).mean()
     return float(error / max(float(np.square(weight).mean()), 1e-30))
@@ -90,16 +101,19 @@ def widest_first(scores: Mapping[str, float], wide: NumberFormat, narrow: Number
     return {name: wide if name in ranked[:count] else narrow for name in scores}
 
 
-def under_budget(model: nn.Module, scores: Mapping[str, float], elements: Iterable[NumberFormat],
+def under_budget(model: nn.Module, fisher: Mapping[str, float], elements: Iterable[NumberFormat],
                  mean_bits: float) -> dict[str, NumberFormat]:
-    """For every layer one of `elements`, so that sum score * error is least at most `mean_bits` bits per weight."""
+    """For every layer one of `elements`: the least sum fisher * summed squared error at most at `mean_bits` bits per
+    weight. fisher: of `layer_fisher`."""
     layers, offered = quantisable(model), list(elements)
-    sizes = [[layers[name].weight.numel() * element.bits for element in offered] for name in scores]
-    costs = [[(scores[name] + 1e-3) * weight_error(layers[name], element) for element in offered] for name in scores]
-    budget = math.floor(mean_bits * sum(layers[name].weight.numel() for name in scores))
+    sizes = [[layers[name].weight.numel() * element.bits for element in offered] for name in fisher]
+    power = {name: float(layers[name].weight.detach().square().sum()) for name in fisher}
+    costs = [[fisher[name] * power[name] * weight_error(layers[name], element) for element in offered]
+             for name in fisher]
+    budget = math.floor(mean_bits * sum(layers[name].weight.numel() for name in fisher))
     front = front_of(sizes, costs)
     place = front.at_most(budget)
     if place is None:
         raise BudgetError(f"the narrowest choice takes {front.sizes[-1]} bits, the budget of {mean_bits:g} bits per "
                           f"weight is {budget}")
-    return {name: offered[int(pick)] for name, pick in zip(scores, front.picks[place], strict=True)}
+    return {name: offered[int(pick)] for name, pick in zip(fisher, front.picks[place], strict=True)}
