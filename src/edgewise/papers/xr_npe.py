@@ -109,6 +109,7 @@ class _Workload:
 
         own = settings[name]
         self.name, self.own, self.seed, self.ablate, self.metrics = name, own, seed, ablate, metrics
+        self.shuffles = settings["shuffles"]
         self.task: Task = WORKLOADS[name](seed, **own["data"])
         self.inputs = [torch.from_numpy(part) for part in self.task.inputs]
         self.targets = torch.from_numpy(self.task.targets)
@@ -206,9 +207,9 @@ class _Workload:
         return self.rows
 
     def _rankings(self, net: Any, rule: str, chosen: Any, scores: Mapping[str, float]) -> None:
-        """The rule with the scores dealt out at random, five times, and the other way round."""
+        """The rule with the scores dealt out at random, several times, and the other way round."""
         rng = np.random.default_rng(self.seed)
-        dealt = [dict(zip(scores, rng.permutation(list(scores.values())).tolist(), strict=True)) for _ in range(5)]
+        dealt = [dict(zip(scores, rng.permutation(list(scores.values())).tolist(), strict=True)) for _ in range(self.shuffles)]
         turned = max(scores.values()) + min(scores.values())
         losses = [self.judge(self.rounded(net, chosen(ranks)))[1] for ranks in dealt]
         backwards = self.judge(self.rounded(net, chosen({name: turned - score for name, score in scores.items()})))[1]
@@ -336,16 +337,16 @@ RECIPE = Recipe(
     paper="arXiv:2508.13049",
     claims=_claims(),
     scales={
-        "smoke": {"products": 5,
+        "smoke": {"products": 5, "shuffles": 2,
                   "digits": {"data": {"train": 400}, "batch": 50, "epochs": (10, 1, 3)},
-                  "gaze": {"data": {"train": 400, "test": 100}, "batch": 50, "epochs": (6, 1, 2)},
+                  "gaze": {"data": {"train": 300, "test": 100}, "batch": 50, "epochs": (6, 1, 2)},
                   "odometry": {"data": {"drives": 2, "frames": 200, "tests": 1}, "batch": 50, "epochs": (10, 1, 3)}},
-        "small": {"products": 100, "seeds": 3,
+        "small": {"products": 100, "shuffles": 5, "seeds": 3,
                   "digits": {"data": {"train": 600}, "batch": 64, "epochs": (30, 5, 20)},
                   "gaze": {"data": {"train": 1500, "test": 600}, "batch": 64, "epochs": (30, 5, 20)},
                   "odometry": {"data": {"drives": 10, "frames": 600, "tests": 5}, "batch": 128,
                                "epochs": (30, 5, 20)}},
     },
-    sources={"products": "inferred", "digits": "inferred", "gaze": "inferred", "odometry": "inferred"},
+    sources={"products": "inferred", "shuffles": "inferred", "digits": "inferred", "gaze": "inferred", "odometry": "inferred"},
     run=run,
 )

@@ -110,11 +110,12 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def _choose_peak(self, x: Tensor) -> None:
-        """M of the inputs, from the largest and some 2,048 evenly spaced values of the first tensor seen."""
+        """M of the inputs, from the largest and 2,048 other values of the first tensor seen."""
         flat = x.detach().flatten()
         peak = flat.abs().max()
         if self.element.kind != "int" and bool(peak > 0):
-            some = torch.cat([flat[::max(1, len(flat) // 2048)], peak[None]])
+            drawn = torch.randint(len(flat), (2048,), generator=torch.Generator().manual_seed(0))
+            some = torch.cat([flat[drawn], peak[None]])
             found = best_peak(some[None].float().numpy(), QuantFormat(self.element, Granularity("tensor"), FP32))
             self.inputs.limit = found.peak or self.element.max_value
         self.seen = True
