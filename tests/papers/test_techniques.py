@@ -130,3 +130,100 @@ def test_u7_a_budget_and_its_cost_in_one_report(tmp_path):
                  out=tmp_path / "on")
     assert on.report["memory_bytes"] < off.report["memory_bytes"]
     assert on.report["quality"] < off.report["quality"] <= 1
+
+
+def torch_net(linear, seed):
+    import torch
+    from torch import nn
+
+    torch.manual_seed(seed)
+    return nn.Sequential(linear(16, 48), nn.ReLU(), linear(48, 48), nn.ReLU(), linear(48, 4))
+
+
+def torch_task(count=512):
+    """Which of four directions a noisy vector points to."""
+    import torch
+
+    made = torch.Generator().manual_seed(1)
+    labels = torch.randint(4, (count,), generator=made)
+    centres = torch.randn(4, 16, generator=made)
+    return centres[labels] + 0.7 * torch.randn(count, 16, generator=made), labels
+
+
+def torch_loss(model, batch):
+    import torch
+
+    return torch.nn.functional.cross_entropy(model(*batch[0]), batch[1])
+
+
+@pytest.mark.slow
+def test_q5_training_in_ternary_beats_rounding_to_it():
+    import torch
+    from torch import nn
+
+    from edgewise.train.bitnet import BitLinear
+    from edgewise.train.qat import Phase, train_phases
+
+    x, y = torch_task()
+
+    def batches(rng):
+        order = torch.from_numpy(rng.permutation(len(y)))
+        return [((x[part],), y[part]) for part in order.split(64)]
+
+    def trained(linear):
+        model = torch_net(linear, 0)
+        train_phases(model, batches, torch_loss, [Phase("all", 15, 5e-3)])
+        return model
+
+    on = torch_loss(trained(BitLinear), ((x,), y)).item()
+    rounded = torch_net(BitLinear, 0)
+    rounded.load_state_dict(trained(nn.Linear).state_dict())
+    off = torch_loss(rounded, ((x,), y)).item()
+    assert on < 0.5 * off
+
+
+@pytest.mark.slow
+def test_q6_training_smoothing_and_normal_floats_each_help():
+    import torch
+    from torch import nn
+
+    from edgewise.compress.quantize.smoothquant import scales_of
+    from edgewise.core.numbers import FP4, QuantFormat, dequantize, quantize
+    from edgewise.train.qat import Phase, calibrate, prepare, quantisable, train_phases
+
+    x, y = torch_task()
+
+    def batches(rng):
+        order = torch.from_numpy(rng.permutation(len(y)))
+        return [((x[part],), y[part]) for part in order.split(64)]
+
+    net = torch_net(nn.Linear, 0)
+    train_phases(net, batches, torch_loss, [Phase("float", 10, 5e-3)])
+    model = prepare(net, dict.fromkeys(quantisable(net), FP4))
+    calibrate(model, [(x,)])
+    off = {"training": torch_loss(model, ((x,), y)).item()}
+    train_phases(model, batches, torch_loss, [Phase("both", 10, 2e-3, weights=True, inputs=True)])
+    on = {"training": torch_loss(model, ((x,), y)).item()}
+
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(64, 128)).astype(np.float32)
+
+    def rounded(values, text):
+        fmt = QuantFormat.parse(text)
+        codes, scales, _ = quantize(values, fmt)
+        return dequantize(codes, scales, fmt)
+
+    inputs = rng.normal(size=(200, 128)).astype(np.float32)
+    inputs[:, ::32] *= 60
+    scale = scales_of([weight], np.abs(inputs).max(axis=0)).astype(np.float32)
+    exact = inputs @ weight.T
+
+    def error(a, b):
+        return float(np.square(rounded(a, "int8/tensor/fp32") @ rounded(b, "int8/axis/fp32").T - exact).mean())
+
+    off["smoothing"], on["smoothing"] = error(inputs, weight), error(inputs / scale, weight * scale)
+    off["normal float"], on["normal float"] = (float(np.square(rounded(weight, text) - weight).mean())
+                                               for text in ("int4/g64/fp16", "nf4/g64/fp16"))
+    assert on["training"] < off["training"]
+    assert on["smoothing"] < 0.5 * off["smoothing"]
+    assert on["normal float"] < off["normal float"]

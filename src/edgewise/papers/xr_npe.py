@@ -209,7 +209,8 @@ class _Workload:
     def _rankings(self, net: Any, rule: str, chosen: Any, scores: Mapping[str, float]) -> None:
         """The rule with the scores dealt out at random, several times, and the other way round."""
         rng = np.random.default_rng(self.seed)
-        dealt = [dict(zip(scores, rng.permutation(list(scores.values())).tolist(), strict=True)) for _ in range(self.shuffles)]
+        dealt = [dict(zip(scores, rng.permutation(list(scores.values())).tolist(), strict=True))
+                 for _ in range(self.shuffles)]
         turned = max(scores.values()) + min(scores.values())
         losses = [self.judge(self.rounded(net, chosen(ranks)))[1] for ranks in dealt]
         backwards = self.judge(self.rounded(net, chosen({name: turned - score for name, score in scores.items()})))[1]
@@ -337,7 +338,7 @@ RECIPE = Recipe(
     paper="arXiv:2508.13049",
     claims=_claims(),
     scales={
-        "smoke": {"products": 5, "shuffles": 2,
+        "smoke": {"products": 5, "shuffles": 1,
                   "digits": {"data": {"train": 400}, "batch": 50, "epochs": (10, 1, 3)},
                   "gaze": {"data": {"train": 300, "test": 100}, "batch": 50, "epochs": (6, 1, 2)},
                   "odometry": {"data": {"drives": 2, "frames": 200, "tests": 1}, "batch": 50, "epochs": (10, 1, 3)}},
@@ -347,6 +348,7 @@ RECIPE = Recipe(
                   "odometry": {"data": {"drives": 10, "frames": 600, "tests": 5}, "batch": 128,
                                "epochs": (30, 5, 20)}},
     },
-    sources={"products": "inferred", "shuffles": "inferred", "digits": "inferred", "gaze": "inferred", "odometry": "inferred"},
+    sources={"products": "inferred", "shuffles": "inferred", "digits": "inferred", "gaze": "inferred",
+             "odometry": "inferred"},
     run=run,
 )

@@ -8,9 +8,10 @@ from edgewise.core.errors import require
 from edgewise.core.front_door import front_door
 
 __all__, _opened = front_door(__name__, {
+    "bitnet": "BitLinear ternary ternary_weight",
     "export": "graph_of",
     "fake_quant": "EmaRange LearnedClip Lsq LsqPlus StaticAffine fake_quantize per_token round_ste scale_gradient snap "
-                  "static_affine",
+                  "static_affine straight_through",
     "small_llama": "SmallLlama small_llama",
     "hooks": "TorchStats gather",
     "qat": "Phase Qat QuantizedLayer calibrate prepare quantisable stored_bits train_phases",

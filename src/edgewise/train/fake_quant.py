@@ -31,7 +31,7 @@ from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import Granularity, QuantFormat
 
 __all__ = ["EmaRange", "LearnedClip", "Lsq", "LsqPlus", "StaticAffine", "fake_quantize", "per_token", "round_ste",
-           "scale_gradient", "snap", "static_affine"]
+           "scale_gradient", "snap", "static_affine", "straight_through"]
 
 _SMALLEST_STEP = 1e-8
 
@@ -48,6 +48,12 @@ class _Straight(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         gradient, = gradients
         return (gradient if ctx.keep is None else gradient * ctx.keep), None, None
+
+
+def straight_through(x: Tensor, value: Tensor, keep: Tensor | None = None) -> Tensor:
+    """`value`, exactly; its gradient goes to x, where `keep` holds."""
+    passed: Tensor = _Straight.apply(x, value, keep)
+    return passed
 
 
 def round_ste(x: Tensor) -> Tensor:
