@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgewise.compress.quantize import awq, gptq, llm_int8, lorc, rtn
 from edgewise.core.budget import Budget
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.device import Device, Tier, Unit
 from edgewise.core.errors import collect_notices
+from edgewise.core.numbers import QuantFormat
 from edgewise.core.storage import Dense
 from edgewise.engine import load
 from edgewise.engine.archs import plan_of
@@ -227,3 +229,67 @@ def test_q6_training_smoothing_and_normal_floats_each_help():
     assert on["training"] < off["training"]
     assert on["smoothing"] < 0.5 * off["smoothing"]
     assert on["normal float"] < off["normal float"]
+
+
+FORMAT3 = QuantFormat.parse("int3/g32/fp16/min")
+
+
+def products(*, spread=0.0, seed=0):
+    """Correlated inputs, the sizes of whose channels differ by e^spread, and a weight."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((512, 64)) @ (np.eye(64) + 0.3 * rng.standard_normal((64, 64)))
+    x *= np.exp(spread * rng.standard_normal(64))
+    return x, rng.standard_normal((48, 64)).astype(np.float32)
+
+
+def product_error(x, weight, stored):
+    return float(np.square(x @ (stored.dense().astype(np.float64) - weight).T).sum())
+
+
+def plain(weight, fmt):
+    return rtn.quantize_layer(weight, fmt, rtn.Rtn(search=False))
+
+
+def test_q1_errors_are_made_up_for():
+    x, weight = products()
+    gram, config = x.T @ x, gptq.Gptq(search=False)
+    on = gptq.quantize_layer(weight, gram, FORMAT3, config)
+    off = gptq.quantize_layer(weight, np.diag(np.diag(gram)), FORMAT3, config)
+    np.testing.assert_array_equal(off.dense(), plain(weight, FORMAT3).dense())
+    assert product_error(x, weight, on) < 0.7 * product_error(x, weight, off)
+
+
+def test_q2_weights_of_large_inputs_are_scaled_up():
+    x, weight = products(spread=1.2)
+    sizes, gram = np.sqrt(np.square(x).mean(axis=0)), x.T @ x
+
+    def scaled(steps):
+        s = awq.scales_of([weight], sizes, gram, FORMAT3, awq.Awq(steps=steps))[0].astype(np.float32)
+        return Dense(awq.clipped_layer(weight * s, gram / np.outer(s, s), FORMAT3, awq.Awq(clip=False)).dense() / s)
+
+    on, off = scaled(20), scaled(1)
+    np.testing.assert_array_equal(off.dense(), plain(weight, FORMAT3).dense())
+    assert product_error(x, weight, on) < 0.8 * product_error(x, weight, off)
+
+
+def test_q3_outliers_apart():
+    x, weight = products()
+    x[:, [3, 40]] *= 30
+    weight[:, [3, 40]] *= 6
+    fmt, peaks = QuantFormat.parse("int8/axis"), np.abs(x).max(axis=0)
+    threshold = float(np.sort(peaks)[-3] * 1.5)
+    on = llm_int8.quantize_layer(weight, peaks, fmt, llm_int8.LlmInt8(threshold=threshold))
+    off = llm_int8.quantize_layer(weight, peaks, fmt, llm_int8.LlmInt8(threshold=np.inf))
+    np.testing.assert_array_equal(off.dense(), plain(weight, fmt).dense())
+    assert product_error(x, weight, on) < 0.2 * product_error(x, weight, off)
+
+
+def test_q4_the_residual_to_a_low_rank():
+    _, weight = products()
+    fmt = QuantFormat.parse("int2/g32/fp16/min")
+    made = [lorc.compensated(weight, fmt, lorc.Lorc(rank=rank)) for rank in (2, 8, 32)]
+    off = made[0].parts[0]
+    np.testing.assert_array_equal(off.dense(), plain(weight, fmt).dense())
+    on = [float(np.square(each.dense() - weight).sum()) for each in made]
+    assert on == sorted(on, reverse=True)
+    assert on[0] < float(np.square(off.dense() - weight).sum())
