@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from statistics import NormalDist
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ from edgewise.core.elements import (
     INT2,
     INT4,
     INT8,
+    NF4,
     POSIT4,
     POSIT8,
     POSIT16,
@@ -31,7 +33,7 @@ from edgewise.core.elements import (
     rounding_table,
 )
 from edgewise.core.errors import InvalidValueError
-from edgewise.core.numbers import QuantFormat, best_peak, dequantize, quantize
+from edgewise.core.numbers import MXFP4, QuantFormat, best_peak, dequantize, quantize
 from edgewise.core.posit import posit_parts, posit_value
 
 with_name = pytest.mark.parametrize("name", [name for name, fmt in ELEMENTS.items() if fmt.bits <= 16])
@@ -214,3 +216,28 @@ def test_parse_and_str(text):
 def test_peaks_are_checked(text, message):
     with pytest.raises(InvalidValueError, match=message):
         QuantFormat.parse(text)
+
+
+# ---- NF4 ----------------------------------------------------------------------------------------------------------
+
+def test_nf4_is_made_of_quantiles_of_the_normal_distribution():
+    """QLoRA, section 3 and its code: 8 quantiles above and 7 below zero, from an offset that shares out the tails."""
+    normal = NormalDist()
+    offset = (1 - 1 / 30 + 1 - 1 / 32) / 2  # mean of 1 - 1/(2 * 15) and 1 - 1/(2 * 16)
+    above = [normal.inv_cdf(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
+    below = [-normal.inv_cdf(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
+    values = np.sort([*above, 0.0, *below]) / max(above)
+    np.testing.assert_allclose(NF4.codebook, values, atol=2e-6)
+
+
+def test_mxfp4_against_the_peer():
+    """Codes of FP4 by ml_dtypes, scales that E8M0 of ml_dtypes can hold: the product is what we restore."""
+    x = np.random.default_rng(0).normal(0, 3, (8, 64)).astype(np.float32)
+    codes, scales, _ = quantize(x, MXFP4)
+    held = scales.astype(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    np.testing.assert_array_equal(held, scales)
+    blocks = x.reshape(8, 2, 32) / held[..., None]
+    theirs = blocks.astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * held[..., None]
+    np.testing.assert_array_equal(dequantize(codes, scales, MXFP4), theirs.reshape(x.shape))
+    assert (np.abs(blocks) <= 6).all()
+    assert (np.abs(blocks).max(axis=-1) > 3).all()
