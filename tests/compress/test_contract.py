@@ -194,6 +194,21 @@ def test_the_engine_runs_it_as_the_function_that_it_is(made, source, name):
     assert np.square(ours - exact).mean() < 0.3 * np.square(exact - exact.mean()).mean()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_runs_it_as_the_engine_does(made, name):
+    import torch
+
+    from edgewise.models import load
+
+    _, folder = made(name)
+    ids = list(range(4, 60))
+    with collect_notices(), torch.no_grad():
+        ours = model_of(read_folder(folder), threads=1, cache=False, kv="fp32", activations="float32").forward(ids)
+        theirs = load(folder)(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max())
+
+
 def test_names_are_unique_and_every_row_can_be_called():
     assert len({method.name for method in METHODS}) == len(METHODS)
     for method in METHODS:
