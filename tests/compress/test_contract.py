@@ -3,6 +3,7 @@ engine, and no worse than rounding on what it is about."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -207,6 +208,32 @@ def test_torch_runs_it_as_the_engine_does(made, name):
         ours = model_of(read_folder(folder), threads=1, cache=False, kv="fp32", activations="float32").forward(ids)
         theirs = load(folder)(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max())
+
+
+TRAINED = [method.name for method in METHODS if method.kind == "trained"]
+BRIEF = {"steps": 3, "batch": 2, "length": 32, "samples": 8, "epochs": 1}
+"""Of a trained method's settings those that it has: training, but not for long."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_method_is_deterministic_and_goes_through_a_folder_into_the_engine(source, tmp_path, name):
+    method = method_of(name)
+    fields = {field.name for field in dataclasses.fields(method.settings())}
+    settings = method.settings({key: value for key, value in BRIEF.items() if key in fields})
+    sample = calibration_of(source, np.random.default_rng(0).integers(4, 260, 6000), 8)
+    before = {key: stored.dense().copy() for key, stored in source.tensors.items()}
+    with collect_notices():
+        results = [quantized(source, method, QuantFormat.parse(method.format), settings, sample) for _ in range(2)]
+        back = read_folder(write_folder(results[0], tmp_path / "m"))
+        logits = model_of(back, threads=1, cache=False, kv="fp32").forward(list(range(4, 60)))
+    assert np.isfinite(logits).all()
+    assert back.nbytes == results[0].nbytes < source.nbytes
+    assert set(back.tensors) == set(source.tensors)
+    for key, stored in back.tensors.items():
+        np.testing.assert_array_equal(source.tensors[key].dense(), before[key])
+        np.testing.assert_array_equal(results[0].tensors[key].dense(), results[1].tensors[key].dense())
+        np.testing.assert_array_equal(stored.dense(), results[0].tensors[key].dense())
 
 
 def test_names_are_unique_and_every_row_can_be_called():

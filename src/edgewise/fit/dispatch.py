@@ -48,7 +48,7 @@ Progress = Callable[[str, int, int], None]
 Ids = NDArray[np.int32]
 WINDOW = 512
 """Tokens of a calibration window."""
-WINDOWS = {"nothing": 0, "inputs": 16, "gram": 32, "tokens": 32}
+WINDOWS = {"nothing": 0, "inputs": 16, "gram": 32, "tokens": 512}
 """Windows that a method calibrates on where nobody says how many, by what it needs."""
 _LEAST_TOKENS = 2048
 """Fewer say too little about the inputs of a linear."""
@@ -91,8 +91,8 @@ def quantize(source: str | os.PathLike[str] | Checkpoint, method: str = "gptq", 
         os.fspath(source), offline=offline, progress=progress)
     blocks = _check_model(checkpoint, fmt, row)
     embedding_fmt = None if embedding is None else QuantFormat.parse(embedding)
-    sample = calibration_of(checkpoint, calibrate, WINDOWS[row.needs] if windows is None else windows, offline=offline,
-                            progress=progress)
+    sample = calibration_of(checkpoint, calibrate, WINDOWS[row.needs] if windows is None else windows,
+                            asked=windows is not None, offline=offline, progress=progress)
     state = target.absolute().with_name(f".{target.name}.quantize")
     if state.exists() and not resume:
         notice("info", "the state of an unfinished run is discarded; --resume would have gone on with it",
@@ -118,7 +118,8 @@ def quantized(checkpoint: Checkpoint, method: Method, fmt: QuantFormat, config: 
     """The checkpoint as a method makes it. state: a folder for what is done, which the result may read from."""
     function = method.call()
     if method.kind == "trained":
-        made: Checkpoint = function(checkpoint, sample.windows, fmt, config, progress=progress, state=state)
+        ids = sample.windows.reshape(-1).astype(np.int64)  # one text: where a window ends is no matter to training
+        made: Checkpoint = function(checkpoint, ids, fmt, config, progress=progress, state=state)
         return made
     step = Step("quantize", {"method": method.name, "format": str(fmt), "settings": _plain(config),
                              "text_sha256": sample.sha256, "tokens": int(sample.windows.size)}, _version())
@@ -130,9 +131,12 @@ def quantized(checkpoint: Checkpoint, method: Method, fmt: QuantFormat, config: 
                 key=f"{sample.sha256} {sample.windows.shape}", progress=progress)
 
 
-def calibration_of(checkpoint: Checkpoint, source: str | Sequence[int] | Ids, windows: int, *,
+def calibration_of(checkpoint: Checkpoint, source: str | Sequence[int] | Ids, windows: int, *, asked: bool = True,
                    offline: bool | None = None, progress: Progress | None = None) -> Calibration:
-    """Windows to calibrate and to measure on, evenly over a text. Raises InvalidValueError where it is too short."""
+    """Windows to calibrate and to measure on, evenly over a text. Raises InvalidValueError where it is too short.
+
+    asked: so many were asked for, so that fewer are a truncation.
+    """
     length = min(WINDOW, _positions(checkpoint))
     if isinstance(source, str):
         if "tokenizer" not in checkpoint.metadata:
@@ -157,7 +161,7 @@ def calibration_of(checkpoint: Checkpoint, source: str | Sequence[int] | Ids, wi
                                 f"{_CHECKED * length} to measure the result on; give a longer text (--calibrate)")
     count = min(windows, len(ids) // length - _CHECKED)
     if len(ids) < wanted:
-        notice("truncation", f"{name} has {len(ids)} tokens: {count} windows of {length} are calibrated on, not "
+        notice("truncation" if asked else "info", f"{name} has {len(ids)} tokens: {count} windows of {length} are calibrated on, not "
                f"{windows}", where="quantize")
     total = count + _CHECKED
     starts = np.linspace(0, len(ids) - length, total).astype(np.int64)
