@@ -161,8 +161,8 @@ def calibration_of(checkpoint: Checkpoint, source: str | Sequence[int] | Ids, wi
                                 f"{_CHECKED * length} to measure the result on; give a longer text (--calibrate)")
     count = min(windows, len(ids) // length - _CHECKED)
     if len(ids) < wanted:
-        notice("truncation" if asked else "info", f"{name} has {len(ids)} tokens: {count} windows of {length} are calibrated on, not "
-               f"{windows}", where="quantize")
+        notice("truncation" if asked else "info", f"{name} has {len(ids)} tokens: {count} windows of {length} are "
+               f"calibrated on, not {windows}", where="quantize")
     total = count + _CHECKED
     starts = np.linspace(0, len(ids) - length, total).astype(np.int64)
     cut = np.stack([ids[start:start + length] for start in starts])
