@@ -41,7 +41,7 @@ bool Session::goes_in_blocks(size_t first, size_t last) const {
   if (first == last || capture_) return false;
   for (size_t l = first; l < last; ++l) {
     const Layer& layer = model_->layers[l];
-    if (layer.visible != Visible::Full || layer.experts || layer.cross) return false;
+    if (layer.visible != Visible::Full || kept_[l].present || layer.experts || layer.cross) return false;
     if (layer.after_attention.kind != Norm::Kind::None || layer.after_feed_forward.kind != Norm::Kind::None) return false;
   }
   const Blocks blocks = blocks_of(*model_, count_, pool_.in_use());
