@@ -21,6 +21,7 @@ import json
 import math
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ from edgewise.fit import fit
 from edgewise.fit.candidates import items_of
 from edgewise.fit.search import other_bytes
 from edgewise.fit.sensitivity import kl_rows
-from edgewise.formats.cache import cache_root
 from edgewise.formats.gguf import read_gguf, write_gguf
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.machine import usable_cores
@@ -94,8 +94,8 @@ def windows_of(checkpoint: Checkpoint) -> NDArray[np.int32]:
     return np.asarray(ids[:POSITIONS // length * length], np.int32).reshape(-1, length)
 
 
-def logits_of(checkpoint: Checkpoint, windows: NDArray[np.int32], activations: str | None) -> list[Float32]:
-    model = model_of(checkpoint, context=windows.shape[1], kv="fp32", cache=False,
+def logits_of(checkpoint: Checkpoint, windows: NDArray[np.int32], activations: str | None, threads: int) -> list[Float32]:
+    model = model_of(checkpoint, threads=threads, context=windows.shape[1], kv="fp32", cache=False,
                      activations=activations)  # type: ignore[arg-type]
     return [model.forward(ids) for ids in windows]
 
@@ -113,23 +113,23 @@ def perplexity(logits: list[Float32], windows: NDArray[np.int32]) -> float:
     return math.exp(float(np.concatenate(losses).mean()))
 
 
-def row_of(name: str, kind: str, reference: Checkpoint, file: Path, search: str) -> tuple[Any, ...]:
+def row_of(name: str, kind: str, reference: Checkpoint, file: Path, search: str, threads: int) -> tuple[Any, ...]:
     """One line of the table."""
     peer = read_gguf(file)
     matrices = sum(item.stored_bytes for item in items_of(plan_of(reference)))
     beside = other_bytes(reference) - (reference.nbytes - matrices)  # tokenizer and the like count for neither
     with collect_notices():
-        result = fit(reference, Budget(storage_bytes=peer.nbytes + beside), text_from=CALIBRATION,
+        result = fit(reference, Budget(storage_bytes=peer.nbytes + beside), text_from=CALIBRATION, threads=threads,
                      search=search)  # type: ignore[arg-type]
     made = result.checkpoint
     if made.nbytes > peer.nbytes:
         raise SystemExit(f"{name}, {kind}: fit took {made.nbytes} bytes of {peer.nbytes}")
     windows = windows_of(reference)
-    exact = logits_of(reference, windows, None)
+    exact = logits_of(reference, windows, None, threads)
     found, perplexities = [], [perplexity(exact, windows)]
     for activations in (None, "float32"):
         for checkpoint in (peer, made):
-            logits = logits_of(checkpoint, windows, activations)
+            logits = logits_of(checkpoint, windows, activations, threads)
             found.append(distances(exact, logits))
             if activations is None:
                 perplexities.append(perplexity(logits, windows))
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("smollm2", "small"), default="smollm2")
     parser.add_argument("--types", default=",".join(TYPES), help="file types of llama.cpp")
     parser.add_argument("--search", choices=("quick", "full"), default="quick")
+    parser.add_argument("--threads", type=int, default=usable_cores().usable)
     parser.add_argument("--peer-python", required=True, help="an interpreter with llama-cpp-python")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -156,15 +157,14 @@ def main() -> None:
     rows = list(before.tables[0].rows) if before is not None else []
     quantities = {q.name: q for q in before.quantities} if before is not None else {}
     reference = reference_of(options.model)
-    source = cache_root() / "benchmarks" / f"allocation-{options.model}-f16.gguf"
-    source.parent.mkdir(parents=True, exist_ok=True)
-    write_gguf(reference, source, "keep")
     for kind in options.types.split(","):
         if any(row[:2] == (options.model, kind) for row in rows):
             continue
-        file, version = peer_file(source, kind, options.peer_python)
-        rows.append(row_of(options.model, kind, reference, file, options.search))
-        file.unlink()
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / f"{options.model}.gguf"
+            write_gguf(reference, source, "keep")
+            file, version = peer_file(source, kind, options.peer_python)
+            rows.append(row_of(options.model, kind, reference, file, options.search, options.threads))
         quantities |= {q.name: q for q in (
             Quantity("llama-cpp-python", version), Quantity("search", options.search),
             Quantity("calibration text", f"{CALIBRATION}, SHA-256 {text(CALIBRATION).sha256}"),
@@ -176,7 +176,6 @@ def main() -> None:
             "KL to the float reference", COLUMNS, tuple(rows)),), environment={
                 "commit": commit(), "processor": platform.processor() or platform.machine(),
                 "cores": usable_cores().usable, "python": platform.python_version()}), options.out)
-    source.unlink()
 
 
 if __name__ == "__main__":
