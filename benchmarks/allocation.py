@@ -94,7 +94,8 @@ def windows_of(checkpoint: Checkpoint) -> NDArray[np.int32]:
     return np.asarray(ids[:POSITIONS // length * length], np.int32).reshape(-1, length)
 
 
-def logits_of(checkpoint: Checkpoint, windows: NDArray[np.int32], activations: str | None, threads: int) -> list[Float32]:
+def logits_of(checkpoint: Checkpoint, windows: NDArray[np.int32], activations: str | None,
+              threads: int) -> list[Float32]:
     model = model_of(checkpoint, threads=threads, context=windows.shape[1], kv="fp32", cache=False,
                      activations=activations)  # type: ignore[arg-type]
     return [model.forward(ids) for ids in windows]
@@ -113,7 +114,8 @@ def perplexity(logits: list[Float32], windows: NDArray[np.int32]) -> float:
     return math.exp(float(np.concatenate(losses).mean()))
 
 
-def row_of(name: str, kind: str, reference: Checkpoint, file: Path, search: str, threads: int) -> tuple[Any, ...]:
+def row_of(name: str, kind: str, reference: Checkpoint, file: Path, search: str,
+           threads: int) -> tuple[Any, ...]:
     """One line of the table."""
     peer = read_gguf(file)
     matrices = sum(item.stored_bytes for item in items_of(plan_of(reference)))
