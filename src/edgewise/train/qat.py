@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -30,8 +30,8 @@ from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import Granularity, QuantFormat, best_peak
 from edgewise.train.fake_quant import EmaRange, fake_quantize
 
-__all__ = ["Phase", "Qat", "QuantizedLayer", "calibrate", "prepare", "quantisable", "stored_bits", "train_phases",
-           "weight_format"]
+__all__ = ["PAPER_PHASES", "Phase", "Qat", "QuantizedLayer", "calibrate", "prepare", "quantisable", "stored_bits",
+           "train_phases", "weight_format"]
 
 Batch = tuple[Any, ...]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -50,16 +50,17 @@ class Phase:
     inputs: bool = False
 
 
+PAPER_PHASES = (Phase("float", 120, 2e-3), Phase("weights", 20, 2e-4, weights=True),
+                Phase("weights and inputs", 80, 1e-4, weights=True, inputs=True))
+"""Epochs and ratios of rates (1, 1/10, 1/20) of the repository's ResNet-18 on CIFAR-10; the first rate is for AdamW."""
+
+
 @dataclass(frozen=True)
 class Qat:
-    """The phases and what they share. Defaults: the repository's ResNet-18 on CIFAR-10, by its ratios of rates (1,
-    1/10, 1/20) and epochs; AdamW and the clip are those of its UL-VIO."""
+    """What the phases share; of the repository's UL-VIO (clip) and ResNet-18 (decay)."""
 
-    phases: tuple[Phase, ...] = (Phase("float", 120, 2e-3), Phase("weights", 20, 2e-4, weights=True),
-                                 Phase("weights and inputs", 80, 1e-4, weights=True, inputs=True))
-    clip: float = 1.0
+    clip: float = 1.0            # of the gradient's norm
     weight_decay: float = 5e-4
-    decay: float = field(default=0.99, metadata={"of": "the running mean of the inputs' ranges"})
 
 
 def weight_format(layer: nn.Module, element: NumberFormat) -> QuantFormat:
