@@ -24,7 +24,7 @@ PROCESS = 90_000_000
 def fitted(tmp_path_factory) -> tuple[Path, object]:
     folder = tmp_path_factory.mktemp("fit") / "smollm2"
     with collect_notices():
-        return folder, fit("smollm2", Budget(memory_bytes=MEMORY), out=folder)
+        return folder, fit("smollm2", Budget(memory_bytes=MEMORY), out=folder, methods=("rtn",))
 
 
 def test_the_model_keeps_the_budget_and_most_of_its_quality(fitted):
