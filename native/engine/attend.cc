@@ -154,15 +154,14 @@ void Session::attend_block(const Layer& layer, size_t index, size_t thread, size
   const QueryGroups g(layer.heads, layer.kv_heads);
   for (size_t head = 0; head < layer.kv_heads; ++head)
     for (size_t pass = 0; pass < g.passes; ++pass)
-      for (size_t t = from; t < until; t += g.tokens_at_once)
-        attend_tokens(
-            thread, to, t, std::min(until, t + g.tokens_at_once), head, pass,
-            [&](size_t slot, size_t kv_head, const uint8_t*& head_values) {
-              head_values = values(index, slot, kv_head);
-              return keys(index, slot, kv_head);
-            },
-            [&](size_t token, int32_t& begin, int32_t& end) { visible_range(layer, token, begin, end); },
-            [&](float* q, size_t heads, size_t token) { turn(layer, layer.q_norm, q, heads, token); });
+      attend_tokens(
+          thread, to, from, until, head, pass,
+          [&](size_t slot, size_t kv_head, const uint8_t*& head_values) {
+            head_values = values(index, slot, kv_head);
+            return keys(index, slot, kv_head);
+          },
+          [&](size_t token, int32_t& begin, int32_t& end) { visible_range(layer, token, begin, end); },
+          [&](float* q, size_t heads, size_t token) { turn(layer, layer.q_norm, q, heads, token); });
 }
 
 void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
@@ -202,8 +201,7 @@ void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
         store(t, head);
       }
       for (size_t pass = 0; pass < g.passes; ++pass)
-        for (size_t from = first; from < last; from += g.tokens_at_once)
-          attend_tokens(thread, to, from, std::min(last, from + g.tokens_at_once), head, pass, place, range, turned);
+        attend_tokens(thread, to, first, last, head, pass, place, range, turned);
     }
     pool_.barrier();
     return;

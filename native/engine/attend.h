@@ -21,7 +21,17 @@ struct QueryGroups {
         tokens_at_once(std::max<size_t>(1, kMaxQueries / heads_at_once)) {}
 };
 
-// One thread: tokens from .. until - 1, at most as many as go together, with the heads of a pass over one key head.
+// Some queries of one slot that share passes over a key head, and what they have come to.
+struct QueryGroup {
+  size_t token = 0, queries = 0;  // the first token
+  size_t first = 0, last = 0;     // chunks that any of them sees
+  int32_t begins[kMaxQueries], stops[kMaxQueries], positions[kMaxQueries];
+  const float* biases[kMaxQueries];
+  float peak[kMaxQueries], weight[kMaxQueries];
+};
+
+// One thread: tokens from .. until - 1, with the heads of a pass over one key head. Several groups of a slot meet a chunk
+// of positions while it is in the cache, each in its own order of chunks.
 // place(slot, head, values): keys and values of a head; range(token, begin, end): what a token sees of them;
 // turn(q, heads, token): query heads as they are compared.
 template <class Place, class Range, class Turn>
@@ -31,64 +41,79 @@ void Session::attend_tokens(size_t thread, const Attended& to, size_t from, size
   const size_t dim = to.layout.head_dim, padded = to.layout.padded();
   const size_t head = kv_head * g.group + pass * g.heads_at_once, heads = std::min(g.heads_at_once, g.group - pass * g.heads_at_once);
   float* scratch = thread_attention_[thread].floats();
-  float* sums = scratch + kAttentionScratch;           // (queries, padded)
-  float* parts = sums + kMaxQueries * kMaxHeadDim;     // the chunk at hand
-  float* rotated = parts + kMaxQueries * kMaxHeadDim;  // (queries, dim)
-  for (size_t t = from; t < until;) {  // tokens of one slot share a pass
-    size_t next = t + 1;
-    while (next < until && slots_[next] == slots_[t]) ++next;
-    const size_t slot = static_cast<size_t>(slots_[t]), queries = (next - t) * heads;
-    int32_t begins[kMaxQueries], stops[kMaxQueries], positions[kMaxQueries];
-    const float* biases[kMaxQueries];
-    int32_t lowest = INT32_MAX, highest = 0;
-    for (size_t i = 0; i < queries; ++i) {
-      const size_t token = t + i / heads;
-      range(token, begins[i], stops[i]);
-      positions[i] = positions_[token];
-      lowest = std::min(lowest, begins[i]);
-      highest = std::max(highest, stops[i]);
-    }
-    float* q = rotated;
-    for (size_t i = 0; i < queries; i += heads) {
-      std::memcpy(q + i * dim, q_.floats() + (t + i / heads) * q_stride_ + head * dim, heads * dim * sizeof(float));
-      turn(q + i * dim, heads, t + i / heads);
-      biases_of(to.bias, head, heads, biases + i);
+  float* parts = scratch + kAttentionScratch;             // (queries, padded) of the chunk at hand
+  float* sums = parts + kMaxQueries * padded;             // (groups, queries, padded)
+  float* q = sums + kGroupsAtOnce * kMaxQueries * padded; // (groups, queries, dim)
+  const size_t sums_stride = kMaxQueries * padded, q_stride = kMaxQueries * dim;
+  QueryGroup groups[kGroupsAtOnce];
+  for (size_t t = from; t < until;) {
+    const size_t slot = static_cast<size_t>(slots_[t]);
+    size_t count = 0, first = SIZE_MAX, last = 0;
+    for (; t < until && count < kGroupsAtOnce && static_cast<size_t>(slots_[t]) == slot; ++count) {
+      QueryGroup& own = groups[count];
+      own.token = t;
+      own.queries = 0;
+      int32_t lowest = INT32_MAX, highest = 0;
+      for (; t < until && t < own.token + g.tokens_at_once && slots_[t] == slots_[own.token]; ++t) {
+        float* turned = q + count * q_stride + own.queries * dim;
+        std::memcpy(turned, q_.floats() + t * q_stride_ + head * dim, heads * dim * sizeof(float));
+        turn(turned, heads, t);
+        biases_of(to.bias, head, heads, own.biases + own.queries);
+        int32_t begin, end;
+        range(t, begin, end);
+        lowest = std::min(lowest, begin);
+        highest = std::max(highest, end);
+        for (size_t i = 0; i < heads; ++i, ++own.queries) {
+          own.begins[own.queries] = begin;
+          own.stops[own.queries] = end;
+          own.positions[own.queries] = positions_[t];
+        }
+      }
+      own.first = static_cast<size_t>(lowest) / kChunk;
+      own.last = (static_cast<size_t>(highest) + kChunk - 1) / kChunk;
+      first = std::min(first, own.first);
+      last = std::max(last, own.last);
     }
     const uint8_t* values;
     const uint8_t* keys = place(slot, kv_head, values);
-    AttentionTask task{&to.layout, keys, values, q, dim, queries, begins, stops, to.scale};
-    if (queries > kMaxQueries / 2) task.key_ahead.after = task.value_ahead.after = 0;  // what is read waits for products
-    if (to.bias != nullptr) {
-      task.bias = biases;
-      task.position = positions;
-      task.reach = static_cast<int32_t>(to.bias->reach);
-    }
-    float peak[kMaxQueries], weight[kMaxQueries], part_peak[kMaxQueries], part_weight[kMaxQueries];
-    const size_t first = static_cast<size_t>(lowest) / kChunk, last = (static_cast<size_t>(highest) + kChunk - 1) / kChunk;
-    for (size_t chunk = first; chunk < last; ++chunk) {
-      if (chunk == first) {
-        kernels_.attention.chunk(task, chunk, sums, peak, weight, scratch);
-        continue;
+    for (size_t chunk = first; chunk < last; ++chunk)
+      for (size_t i = 0; i < count; ++i) {
+        QueryGroup& own = groups[i];
+        if (chunk < own.first || chunk >= own.last) continue;
+        AttentionTask task{&to.layout, keys, values, q + i * q_stride, dim, own.queries, own.begins, own.stops, to.scale};
+        if (i > 0) task.key_ahead.after = task.value_ahead.after = 0;  // the first group has fetched the chunk
+        if (to.bias != nullptr) {
+          task.bias = own.biases;
+          task.position = own.positions;
+          task.reach = static_cast<int32_t>(to.bias->reach);
+        }
+        if (chunk == own.first) {
+          kernels_.attention.chunk(task, chunk, sums + i * sums_stride, own.peak, own.weight, scratch);
+          continue;
+        }
+        float peak[kMaxQueries], weight[kMaxQueries];
+        kernels_.attention.chunk(task, chunk, parts, peak, weight, scratch);
+        kernels_.attention.merge(own.queries, padded, sums + i * sums_stride, own.peak, own.weight, parts, peak, weight);
       }
-      kernels_.attention.chunk(task, chunk, parts, part_peak, part_weight, scratch);
-      kernels_.attention.merge(queries, padded, sums, peak, weight, parts, part_peak, part_weight);
-    }
-    for (size_t i = 0; i < queries; ++i)
-      kernels_.attention.finish(sums + i * padded, weight[i], dim,
-                                attention_.floats() + (t + i / heads) * q_stride_ + (head + i % heads) * dim);
-    t = next;
+    for (size_t i = 0; i < count; ++i)
+      for (size_t k = 0; k < groups[i].queries; ++k)
+        kernels_.attention.finish(sums + i * sums_stride + k * padded, groups[i].weight[k], dim,
+                                  attention_.floats() + (groups[i].token + k / heads) * q_stride_ + (head + k % heads) * dim);
   }
 }
 
 // Runs on all threads at once: every token, head by head, so that keys and values of one stay in the cache while all
-// queries meet them.
+// queries meet them; as many groups at once as leave a few items for each thread.
 template <class Place, class Range, class Turn>
 void Session::attend_rows(size_t thread, const Attended& to, Place place, Range range, Turn turn) {
+  constexpr size_t kItemsPerThread = 4;
   const QueryGroups g(to.heads, to.kv_heads);
-  const size_t token_groups = (count_ + g.tokens_at_once - 1) / g.tokens_at_once;
-  for (size_t item; (item = pool_.take(1)) < token_groups * to.kv_heads * g.passes;) {
-    const size_t from = item % token_groups * g.tokens_at_once, kv_head = item / token_groups / g.passes;
-    attend_tokens(thread, to, from, std::min(count_, from + g.tokens_at_once), kv_head, item / token_groups % g.passes, place, range, turn);
+  const size_t groups = (count_ + g.tokens_at_once - 1) / g.tokens_at_once * to.kv_heads * g.passes;
+  const size_t together = std::clamp<size_t>(groups / (kItemsPerThread * config_.threads), 1, kGroupsAtOnce) * g.tokens_at_once;
+  const size_t runs = (count_ + together - 1) / together;
+  for (size_t item; (item = pool_.take(1)) < runs * to.kv_heads * g.passes;) {
+    const size_t from = item % runs * together, kv_head = item / runs / g.passes;
+    attend_tokens(thread, to, from, std::min(count_, from + together), kv_head, item / runs % g.passes, place, range, turn);
   }
   pool_.barrier();
 }

@@ -73,7 +73,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   const size_t room = padded16(config_.context);  // keys lie in tiles of sixteen positions
   config_.batch = std::max<size_t>(config.batch, 1);
 
-  size_t kv_nbytes = 0, q_width = 0, kv_width = 0, ffn_width = 0, partial = 0;
+  size_t kv_nbytes = 0, head_width = 0, q_width = 0, kv_width = 0, ffn_width = 0, partial = 0;
   bool normed_after = false;
   max_cols_ = m.hidden;
   for (const Layer& layer : m.layers) {
@@ -92,6 +92,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     value_head_nbytes_.push_back(kept.present ? 0 : aligned64(room * layout.value_nbytes()));
     kv_offset_.push_back(kv_nbytes);
     kv_nbytes += config_.slots * layer.kv_heads * (key_head_nbytes_.back() + value_head_nbytes_.back());
+    head_width = std::max(head_width, layout.padded());
     q_width = std::max(q_width, layer.heads * layer.head_dim);
     kv_width = std::max(kv_width, layer.kv_heads * layer.head_dim);
     ffn_width = std::max(ffn_width, layer.up.rows());
@@ -108,6 +109,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     if (layer.cross) {
       const Cross& cross = *layer.cross;
       max_cols_ = std::max({max_cols_, cross.k.cols(), cross.o.cols()});
+      head_width = std::max(head_width, cross_.back().layout.padded());
       q_width = std::max(q_width, cross.heads * cross.head_dim);
       kv_width = std::max(kv_width, cross.kv_heads * cross.head_dim);
     }
@@ -148,11 +150,13 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     order_weights_.resize(entries);
     expert_inputs_ = Pages(tiles * inputs_nbytes(kLanes, kLanes));
   }
+  // Queries, their sums, and one group's sums of a chunk.
+  const size_t queries_room = std::max(3 * kMaxQueries * kMaxHeadDim, (2 * kGroupsAtOnce + 1) * kMaxQueries * head_width);
   for (size_t t = 0; t < config_.threads; ++t) {
     if (per_token_ > 0) thread_experts_.emplace_back(per_token_ * one);
     thread_inputs_.emplace_back(one);
     thread_rows_.emplace_back(padded16(max_cols_) * 4);
-    thread_attention_.emplace_back((kAttentionScratch + 3 * kMaxQueries * kMaxHeadDim) * 4);
+    thread_attention_.emplace_back((kAttentionScratch + queries_room) * 4);
   }
   if (m.head.present()) {
     logits_stride_ = padded16(m.vocab);

@@ -59,6 +59,7 @@ struct KvLayout {
 inline constexpr size_t kChunk = 256;    // positions that one softmax partial covers: fixed, so that bits do not move
 inline constexpr size_t kMaxHeadDim = 512;
 inline constexpr size_t kMaxQueries = 12;  // queries that share a pass over keys and values
+inline constexpr size_t kGroupsAtOnce = 8;  // such groups that meet a chunk of positions while it is in the cache
 
 // Partial attention of up to kMaxQueries queries over one chunk of positions.
 struct AttentionTask {

@@ -14,7 +14,7 @@ __all__ = ["kv_bytes", "scratch_bytes"]
 
 _CHUNK = 256  # positions of one softmax partial
 _GROUP = 64  # positions that are packed together in four bits
-_MAX_QUERIES, _MAX_HEAD_DIM = 12, 512
+_MAX_QUERIES, _MAX_HEAD_DIM, _GROUPS_AT_ONCE = 12, 512, 8
 _LOGITS_BYTES = 8 << 20
 
 
@@ -131,7 +131,9 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str
                   * (_up(layer.attention.head_dim, 32) + 2) for layer in plan.layers)
     shared = _inputs_bytes(max(batch, 16), cols, 16, bfloats)
     own = _inputs_bytes(1, cols, 1, bfloats) + _up(cols, 16) * 4
-    attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + 3 * _MAX_QUERIES * _MAX_HEAD_DIM) * 4
+    width = max(_up(attention.head_dim, 32) for attention in attentions)
+    queries = _MAX_QUERIES * max(3 * _MAX_HEAD_DIM, (2 * _GROUPS_AT_ONCE + 1) * width)
+    attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + queries) * 4
     wide = _up(batch, 16) * max(per_token, 1) * _up(ffn_width, 32)
     total = (batch * rows + wide) * 4 + partial * 4 + shared + threads * (own + attention)
     if plan.encoder is not None:
