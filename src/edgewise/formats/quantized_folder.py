@@ -57,7 +57,8 @@ def pack_bits(codes: Array, bits: int) -> NDArray[np.uint8]:
     """codes: (rows, n) integers, of which the low `bits` (1 to 16) are kept -> (rows, ceil(n * bits / 8)) uint8."""
     rows, count = codes.shape
     if bits == 8:
-        return np.ascontiguousarray(codes).view(np.uint8).reshape(rows, count)
+        return np.ascontiguousarray(codes if codes.itemsize == 1 else codes.astype(np.uint8)).view(np.uint8).reshape(
+            rows, count)
     width = (count * bits + 7) // 8
     if bits > 8:
         words = codes.astype(np.uint16).astype("<u2").view(np.uint8).reshape(rows, count, 2)
