@@ -14,6 +14,7 @@ __all__, _opened = front_door(__name__, {
                   "static_affine straight_through",
     "small_llama": "SmallLlama small_llama",
     "hooks": "TorchStats gather",
+    "mobilequant": "Learner MobileQuant",
     "qat": "Phase Qat QuantizedLayer calibrate prepare quantisable stored_bits train_phases",
     "sensitivity": "Sensitivity layer_fisher layer_scores under_budget weight_error widest_first",
 })
