@@ -46,10 +46,16 @@ def test_inspect_shows_both_stacks(folder):
     assert (shown["architecture"], shown["layers"], shown["hidden"], shown["heads"]) == ("t5", 2, 64, 3)
 
 
+def test_bench_times_a_text_and_an_answer(folder):
+    result = call("bench", folder, "-p", 8, "-n", 4, "--threads", 1, "--json")
+    assert result.exit_code == 0, result.stderr
+    table = json.loads(result.stdout)["tables"][1]
+    assert [row[table["columns"].index("test")] for row in table["rows"]] == ["pp8", "tg4"]
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (("run", "--system", "Be brief.", "A text"), "reads one text"),
     (("perplexity", "--window", 8, "--text", "pydoc"), "perplexity needs a decoder"),
-    (("bench",), "run --stats"),
     (("fit", "--memory", "1MB"), "load it with a format instead"),
     (("chat",), "answers one text at a time"),
     (("convert", "--out", "t5.gguf"), "Write a Hugging Face folder instead")])

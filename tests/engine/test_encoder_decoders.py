@@ -22,15 +22,16 @@ from edgewise.core.errors import (
 from edgewise.core.numbers import QuantFormat
 from edgewise.core.storage import Dense
 from edgewise.engine.archs import plan_of
-from edgewise.engine.bench import bench
+from edgewise.engine.bench import BenchTest, Limits, Reader, bench
 from edgewise.engine.conversation import Conversation
 from edgewise.engine.loading import model_of, requantised, session_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.plan import AttentionPolicy, RelativeBias
-from edgewise.engine.workload import workload_of
+from edgewise.engine.workload import arithmetic, workload_of, workload_of_text
 from edgewise.fit.convert import convert
 from edgewise.fit.sensitivity import Bench
 from edgewise.formats.folder import read_folder
+from edgewise.measure.energy import Energy
 from edgewise.native import _core
 
 TOLERANCE = 2e-5  # of the largest logit: float32 sums
@@ -268,6 +269,71 @@ def test_requantised_weights_run_as_the_plan_says(form):
     assert sum(one < TOLERANCE for one in misses) >= 5
 
 
+# ---- how fast -----------------------------------------------------------------------------------------------------
+
+def test_bench_times_texts_and_answers():
+    with collect_notices():
+        report = bench(t5(), prompts=(12,), generated=(5,), depths=(0, 20), threads=(1, 2), repeats=2,
+                       limits=Limits(1e10, 1e12, 1e11))
+    rows = [dict(zip(report.tables[1].columns, row, strict=True)) for row in report.tables[1].rows]
+    assert [(row["threads"], row["test"]) for row in rows] == [
+        (threads, name) for threads in (1, 2) for name in ("pp12", "tg5", "tg5@20")]
+    assert all(row["token/s"] > 0 for row in rows)
+    model = model_of(t5(), threads=1, cache=False)
+    step = workload_of(plan_of(t5()), model.packed.matrices, depth=2, source=20)
+    assert rows[2]["GB/s"] == pytest.approx(rows[2]["token/s"] * step.moved_bytes / 1e9)
+    read = arithmetic(workload_of_text(plan_of(t5()), model.packed.matrices, tokens=12))["fp32"]
+    assert rows[0]["share"] == pytest.approx(rows[0]["token/s"] / 12 * read / 1e11)
+
+
+def test_a_timed_answer_is_to_its_text():
+    """Before the clock starts: the text is read, and the answer begun."""
+    said = []
+
+    class Spy:
+        def __getattr__(self, name):
+            return lambda *arguments: said.append((name, *(len(a) if isinstance(a, np.ndarray) else a
+                                                           for a in arguments if not hasattr(a, "sample"))))
+
+    class Meter:
+        def measure(self, call):
+            said.append(("clock",))
+            call()
+            return Energy(None, 1.0)
+
+    encoder, decoder = Spy(), Spy()
+    encoder.normed = lambda rows: np.zeros((len(rows), 3), np.float32)
+    reader, stream = Reader(encoder, 7), np.arange(30, dtype=np.int32)
+    reader.run(decoder, BenchTest("decode", 4, 9), stream, Meter())
+    assert [item[0] for item in said] == ["truncate", "forward", "truncate", "set_source", "prefill", "generate",
+                                          "clock", "generate"]
+    assert said[1] == ("forward", 9, 9)
+    assert said[3] == ("set_source", 0, 9)
+    assert [item[-2] for item in said if item[0] == "generate"] == [1, 4]
+    said.clear()
+    reader.run(decoder, BenchTest("prefill", 6), stream, Meter())
+    assert [item[0] for item in said] == ["clock", "truncate", "forward", "truncate", "set_source"]
+    assert said[2] == ("forward", 6, 6)
+
+
+def test_the_work_of_a_text_and_of_its_answer():
+    """Three heads of 24, a feed-forward part with a gate."""
+    plan, matrices = plan_of(t5()), model_of(t5(), threads=1, cache=False).packed.matrices
+    hidden, inner = plan.hidden, 3 * 24
+    ffn = 3 * hidden * plan.layers[0].feed_forward.up.weight.shape[0]
+    layers, own = len(plan.layers), 4 * hidden * inner + ffn
+    step = workload_of(plan, matrices, depth=4, source=10)
+    attention = 2 * inner * (5 + 10) * layers
+    assert step.macs == layers * (own + 2 * hidden * inner) + plan.vocab * hidden + attention
+    longer = workload_of(plan, matrices, depth=4, source=42)
+    assert longer.macs - step.macs == 2 * inner * 32 * layers
+    assert longer.moved_bytes - step.moved_bytes == layers * 32 * 3 * (24 + 32) * 2  # values are padded to 32
+    text = workload_of_text(plan, matrices, tokens=10)
+    assert text.macs == len(plan.encoder.layers) * (10 * own + 2 * inner * 100) + layers * 10 * 2 * hidden * inner
+    with pytest.raises(InvalidValueError, match="no text beside its answer"):
+        workload_of_text(plan.encoder, matrices, tokens=10)
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 def test_what_is_not_for_encoder_decoders_says_what_is(model):
@@ -278,7 +344,6 @@ def test_what_is_not_for_encoder_decoders_says_what_is(model):
             (lambda: model.forward([1, 2]), "takes ids of the text and decoder_ids"),
             (lambda: model.generate([{"role": "user", "content": "x"}]), "reads one text, without a system message"),
             (lambda: Conversation(model), "answers one text at a time: use generate"),
-            (lambda: bench(t5()), "bench does not time"),
             (lambda: Bench(t5(), threads=1), "t5 is an encoder-decoder; load it with a format"),
             (lambda: workload_of(plan, model.packed.matrices), "depends on two lengths")):
         with pytest.raises(EdgewiseError, match=message):

@@ -3,6 +3,9 @@
 ppN@D reads N tokens of prompt after D tokens of context; tgN@D feeds N tokens one by one, each chosen from the logits
 of the one before. Every round runs each test once, in random order, so that a slow moment of the machine falls on all
 of them; rounds after the warm-up count, and the median is the result. What the machine can do is measured right after.
+
+An encoder-decoder's ppN reads a text of N tokens, and writes the keys and values of it that answers see; its tgN@D is
+an answer of N tokens to a text of D, and without a depth to one of a single token.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.device import Device
-from edgewise.core.errors import ContextOverflowError, InvalidValueError, UnsupportedError, notice
+from edgewise.core.errors import ContextOverflowError, InvalidValueError, notice
 from edgewise.core.numbers import BF16
 from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.workload import Workload
@@ -27,7 +30,7 @@ from edgewise.engine.loading import PLAIN, fitted_run, model_of
 from edgewise.engine.model import LanguageModel, native_errors
 from edgewise.engine.plan import AttentionPolicy, Plan, with_attention
 from edgewise.engine.profile import profile, profile_table
-from edgewise.engine.workload import arithmetic, workload_of
+from edgewise.engine.workload import arithmetic, workload_of, workload_of_text
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.energy import Energy, EnergyMeter
 from edgewise.measure.machine import usable_cores
@@ -103,9 +106,12 @@ def limits_of(threads: int, *, nbytes: int = 2**28, seconds: float = 0.2) -> Lim
 
 
 def time_tests(session: Any, vocab: int, tests: Sequence[BenchTest], *, repeats: int = 7, warmup: int = 1,
-               seed: int = 0, meter: EnergyMeter | None = None, encoder: bool = False,
+               seed: int = 0, meter: EnergyMeter | None = None, encoder: bool = False, reader: Reader | None = None,
                after: Callable[[], object] = lambda: None) -> list[Timing]:
-    """Time every test on a native session, slot 0, in rounds. after: called after each run, outside the clock."""
+    """Time every test on a native session, slot 0, in rounds. after: called after each run, outside the clock.
+
+    reader: of an encoder-decoder, whose decoder `session` is.
+    """
     if repeats < 1 or warmup < 0:
         raise InvalidValueError(f"repeats is at least 1, warm-up at least 0; given {repeats} and {warmup}")
     order, rng = random.Random(seed), np.random.default_rng(seed)
@@ -115,7 +121,8 @@ def time_tests(session: Any, vocab: int, tests: Sequence[BenchTest], *, repeats:
     for turn in range(warmup + repeats):
         # Ascending depth, so that a round reads its context once.
         for timing in sorted(timings, key=lambda t: (t.test.depth, order.random())):
-            energy = _run(session, timing.test, stream, meter, encoder)
+            energy = (_run(session, timing.test, stream, meter, encoder) if reader is None
+                      else reader.run(session, timing.test, stream, meter))
             after()
             if turn >= warmup:
                 timing.seconds.append(energy.seconds)
@@ -142,6 +149,31 @@ def _run(session: Any, test: BenchTest, stream: np.ndarray[Any, np.dtype[np.int3
     sampler = _core.Sampler()
     session.generate(0, sampler, 1, [])
     return meter.measure(lambda: session.generate(0, sampler, test.tokens, []))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads the texts of an encoder-decoder. session: of its encoder; start: what every answer begins with."""
+
+    session: Any
+    start: int
+
+    def run(self, decoder: Any, test: BenchTest, stream: np.ndarray[Any, np.dtype[np.int32]],
+            meter: EnergyMeter) -> Energy:
+        """One run of a test."""
+        if test.phase == "prefill":
+            return meter.measure(lambda: self._read(decoder, stream[:test.tokens]))
+        self._read(decoder, stream[:max(test.depth, 1)])
+        decoder.prefill(0, np.array([self.start], np.int32))
+        sampler = _core.Sampler()  # as in _run
+        decoder.generate(0, sampler, 1, [])
+        return meter.measure(lambda: decoder.generate(0, sampler, test.tokens, []))
+
+    def _read(self, decoder: Any, text: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        self.session.truncate(0, 0)
+        self.session.forward(text, np.zeros(len(text), np.int32))
+        decoder.truncate(0, 0)
+        decoder.set_source(0, self.session.normed(np.arange(len(text), dtype=np.int32)))
 
 
 def modelled_joules(workload: Workload, seconds: float, device: Device) -> tuple[float | None, str]:
@@ -181,11 +213,8 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
     attention = attention or fitted_run(checkpoint).attention
     if attention is not None:
         plan = with_attention(plan, AttentionPolicy.parse(attention))
-    if plan.kind == "encoder-decoder":
-        raise UnsupportedError(f"{checkpoint.source} is an encoder-decoder ({checkpoint.arch}), which bench does not "
-                               "time: it has decoders and encoders; edgewise run --stats times a text and its answer")
     encoder = plan.kind == "encoder"
-    tests = _tests(prompts, generated, depths, encoder)
+    tests = _tests(prompts, generated, depths, plan.kind)
     context = max(test.positions for test in tests)
     if encoder:
         context = max(test.tokens for test in tests)
@@ -202,12 +231,16 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
             progress(f"{count} threads", done, len(counts))
         session = model.session
         with native_errors():
-            if count != counts[0]:
+            if count != counts[0] and model.encoder is not None:
+                model = model_of(checkpoint, format=format, threads=count, context=context, kv=kv,
+                                 attention=attention, batch=batch, cache=cache)
+                session = model.session
+            elif count != counts[0]:
                 session = _core.Session(model.native, model.kv, model.context, 1, count, int(model.session.batch),
                                         tuning=model.tuning.native)
             timings += [(count, timing) for timing in time_tests(
                 session, model.vocab, tests, repeats=repeats, warmup=warmup, seed=seed, meter=meter, encoder=encoder,
-                after=memory.look)]
+                reader=None if model.encoder is None else Reader(model.encoder, model.start or 0), after=memory.look)]
     quantities = memory.quantities()
     ceilings = {count: limits or limits_of(count) for count in counts}  # after the memory was looked at
     for count, ceiling in ceilings.items():
@@ -243,13 +276,15 @@ def _operators(model: LanguageModel, plan: Plan, threads: int, test: BenchTest, 
                          int8_ops_per_s=limits.int8_ops_per_s, fp32_ops_per_s=limits.fp32_ops_per_s)
 
 
-def _tests(prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int], encoder: bool) -> list[BenchTest]:
-    if encoder and (any(generated) or any(depths)):
+def _tests(prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int], kind: str) -> list[BenchTest]:
+    if kind == "encoder" and (any(generated) or any(depths)):
         notice("ignored", "an encoder does not generate and has no depth: only -p is run", where="bench")
         generated, depths = (), (0,)
     tests = []
     for depth in dict.fromkeys(depths or (0,)):
-        tests += [BenchTest("prefill", count, depth) for count in dict.fromkeys(prompts) if count]
+        if kind != "encoder-decoder" or depth == min(depths):  # a text has nothing before it
+            tests += [BenchTest("prefill", count, 0 if kind == "encoder-decoder" else depth)
+                      for count in dict.fromkeys(prompts) if count]
         tests += [BenchTest("decode", count, depth) for count in dict.fromkeys(generated) if count]
     if not tests:
         raise InvalidValueError("nothing to run: give at least one of -p and -n that is not 0")
@@ -267,10 +302,7 @@ def _row(timing: Timing, plan: Plan, model: LanguageModel, limits: Limits, forma
     test, speed = timing.test, timing.speed
     low, high = speed.interval or (min(speed.values), max(speed.values))
     decode = test.phase == "decode"
-    # A decode step halfway through the test stands for all of them.
-    load = workload_of(plan, model.packed.matrices, tokens=1 if decode else test.tokens,
-                       depth=test.depth + test.tokens // 2 if decode else test.depth, batch=int(model.session.batch),
-                       kv=model.kv, int8=None if format is None else format.lower() not in PLAIN)
+    load = _load(test, plan, model, None if format is None else format.lower() not in PLAIN)
     per_s = speed.median if decode else speed.median / test.tokens
     bandwidth = per_s * load.moved_bytes
     work = arithmetic(load)
@@ -291,6 +323,18 @@ def _row(timing: Timing, plan: Plan, model: LanguageModel, limits: Limits, forma
                 joules, origin = modelled / (1 if decode else test.tokens), "modelled"
         notice("info", f"energy is {origin}: {why}", where="bench")
     return test.name, speed.median, low, high, bandwidth / 1e9, roof, share, joules, origin
+
+
+def _load(test: BenchTest, plan: Plan, model: LanguageModel, int8: bool | None) -> Workload:
+    """Of a whole prompt, or of the decode step halfway through the test, which stands for all of them."""
+    matrices, decode = model.packed.matrices, test.phase == "decode"
+    if plan.encoder is None:
+        return workload_of(plan, matrices, tokens=1 if decode else test.tokens, kv=model.kv, int8=int8,
+                           depth=test.depth + test.tokens // 2 if decode else test.depth,
+                           batch=int(model.session.batch))
+    if decode:
+        return workload_of(plan, matrices, depth=test.tokens // 2, kv=model.kv, int8=int8, source=max(test.depth, 1))
+    return workload_of_text(plan, matrices, tokens=test.tokens, kv=model.kv, int8=int8)
 
 
 def _share(value: float, limit: float | None) -> float | None:
