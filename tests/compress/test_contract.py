@@ -23,7 +23,8 @@ from edgewise.formats.folder import read_folder
 from edgewise.formats.folder_writer import write_folder
 from tiny_checkpoint import tiny_checkpoint
 
-CLOSED = [method for method in METHODS if method.kind == "closed"]
+CLOSED = [method for method in METHODS if method.kind == "closed" and method.name != "accllm"]
+"""Methods that round what is there. AccLLM leaves half of it out: test_w2a8kv4.py."""
 NAMES = [method.name for method in CLOSED]
 SETTINGS = {"llm-int8": {"threshold": 20.0}, "lorc": {"rank": 4}}
 INPUTS = 64

@@ -127,8 +127,9 @@ def quantized(checkpoint: Checkpoint, method: Method, fmt: QuantFormat, config: 
     if method.needs != "nothing":
         stats = EngineStats(checkpoint, list(sample.windows), gram=method.needs == "gram",
                             sequential=method.sequential, threads=threads)
+    run = {"edgewise_run": dict(method.run)} if method.run else {}
     return walk(checkpoint, function(fmt, config), stats, step=step, state=state,
-                key=f"{sample.sha256} {sample.windows.shape}", progress=progress)
+                key=f"{sample.sha256} {sample.windows.shape}", progress=progress, **run)
 
 
 def calibration_of(checkpoint: Checkpoint, source: str | Sequence[int] | Ids, windows: int, *, asked: bool = True,

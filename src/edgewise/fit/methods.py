@@ -31,6 +31,7 @@ class Method:
     needs: nothing; the statistics of inputs; their Gram matrix as well; or tokens to train on.
     sequential: inputs come from the layers as already replaced.
     exact_zero: only formats in which zero is exact.
+    run: how the result is meant to run, the "edgewise_run" of its config.json.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     says: str
     sequential: bool = False
     exact_zero: bool = False
+    run: tuple[tuple[str, str], ...] = ()
 
     def call(self) -> Any:
         """The function itself. Raises MissingExtraError where its room needs what is not installed."""
@@ -103,6 +105,10 @@ METHODS: tuple[Method, ...] = (
     Method("lorc", "LoRC (ZeroQuant-V2)", "Yao et al., 2023, arXiv:2303.08302", "closed", "inputs",
            "int4/g32/fp16/min", _CHANGES + "lorc", _METHODS + "lorc:Lorc",
            "rounding plus a low-rank product of what it did; the engine runs the sum as 16-bit floats"),
+    Method("accllm", "AccLLM", "Liang et al., 2025, arXiv:2505.03745", "closed", "gram", "int2/g64/fp16/min",
+           _METHODS + "w2a8kv4:accllm", _METHODS + "w2a8kv4:AccLlm",
+           "two of every four weights kept (SparseGPT), these in two bits with the errors made up for; cache in four",
+           sequential=True, run=(("kv", "int4"),)),
     Method("mobilequant", "MobileQuant", "Tan et al., EMNLP Findings 2024, arXiv:2408.13933", "trained", "tokens",
            "int8/tensor/fp32/int", "edgewise.train.mobilequant:quantize", "edgewise.train.mobilequant:MobileQuant",
            "scales between layers, clipping and static ranges of activations, learned together from end to end"),
