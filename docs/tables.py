@@ -97,8 +97,21 @@ def encoders() -> str:
     return grid(("batch", "edgewise", "beside", "times as fast"), rows)
 
 
+def allocations() -> str:
+    """Every line of benchmarks/allocation.py."""
+    rows = []
+    for report in results("allocation.json"):
+        table = report["tables"][0]
+        for each in (dict(zip(table["columns"], row, strict=True)) for row in table["rows"]):
+            rows.append((each["model"], each["beside"], f"{each['bytes of the peer'] / 1e6:.1f} MB",
+                         f"{each['bytes of fit'] / 1e6:.1f} MB", f"{each['KL of the peer']:.2g}",
+                         f"{each['KL of fit']:.2g}", f"{each['difference']:.2g} ({each['its 95 % interval, low']:.2g} to "
+                         f"{each['high']:.2g})"))
+    return grid(("model", "llama.cpp's type", "its bytes", "bytes of fit", "its KL", "KL of fit", "difference"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "language models": language_models, "starts": starts, "encoders": encoders,
+    "language models": language_models, "starts": starts, "encoders": encoders, "allocations": allocations,
     "rooms": rooms, "verbs": verbs, "numbers": number_formats, "gguf": gguf_types, "devices": shipped_devices,
 }
 
