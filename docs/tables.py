@@ -103,10 +103,10 @@ def allocations() -> str:
     for report in results("allocation.json"):
         table = report["tables"][0]
         for each in (dict(zip(table["columns"], row, strict=True)) for row in table["rows"]):
+            low, high = each["its 95 % interval, low"], each["high"]
             rows.append((each["model"], each["beside"], f"{each['bytes of the peer'] / 1e6:.1f} MB",
                          f"{each['bytes of fit'] / 1e6:.1f} MB", f"{each['KL of the peer']:.2g}",
-                         f"{each['KL of fit']:.2g}", f"{each['difference']:.2g} ({each['its 95 % interval, low']:.2g} to "
-                         f"{each['high']:.2g})"))
+                         f"{each['KL of fit']:.2g}", f"{each['difference']:.2g} ({low:.2g} to {high:.2g})"))
     return grid(("model", "llama.cpp's type", "its bytes", "bytes of fit", "its KL", "KL of fit", "difference"), rows)
 
 
