@@ -24,6 +24,7 @@ from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, float32_to_bf1
 from edgewise.core.storage import Dense, QuantizedTensor, Stored
 from edgewise.formats import compressed_tensors
 from edgewise.formats.cache import Progress, folder_aside
+from edgewise.formats.encodings import encodings_of
 from edgewise.formats.folder import CONFIG_LIMIT_BYTES, GGUF_TOKENIZER, POOLING
 from edgewise.formats.hostile import read_json
 from edgewise.formats.quantized_folder import Part, encode
@@ -37,7 +38,8 @@ _DTYPE = {FP32: ("F32", "float32"), FP16: ("F16", "float16"), BF16: ("BF16", "bf
 _OURS = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_gguf\.json|tokenizer_config\.json|"
     r"chat_template\.jinja|modules\.json|1_Pooling|sentence_bert_config\.json|"
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|fit\.json|fit\.svg")
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|fit\.json|fit\.svg|"
+    r"encodings\.json")
 """What write_folder writes, and the reports beside it, and so may replace."""
 
 
@@ -90,6 +92,8 @@ def write_folder(checkpoint: Checkpoint, path: str | Path, *, dense: bool | Numb
                            lambda name: _encoded(checkpoint, name, number, layout)[1], total, progress)
             _write_json(aside / "config.json", _config_of(checkpoint, formats, number, plan, layout))
             _write_metadata(checkpoint.metadata, aside, str(folder))
+            if number is None and "activations" in (checkpoint.config.get("quantization_config") or {}):
+                (aside / "encodings.json").write_text(json.dumps(encodings_of(checkpoint)) + "\n", encoding="utf-8")
     except OSError as error:
         raise InvalidValueError(f"cannot write the folder {folder}: {os.strerror(error.errno or 0)}") from error
     return folder

@@ -46,7 +46,7 @@ from torch.func import functional_call
 
 from edgewise.compress.quantize.smoothquant import SmoothQuant, scales_of
 from edgewise.compress.scales import rescaled, shared
-from edgewise.compress.walk import Group, StatsSource, blocks_of, walk
+from edgewise.compress.walk import Group, blocks_of, walk
 from edgewise.core.activation import StaticActivation, activations_to_config
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.elements import FP32, int_format
@@ -61,7 +61,7 @@ from edgewise.models.static import install
 from edgewise.train.clipping import clipped_quantize
 from edgewise.train.equivalent import LINEARS, NORMS, BlockShape, transformed
 from edgewise.train.fake_quant import StaticAffine
-from edgewise.train.hooks import LayerInputs, TorchStats, inputs_of_layers
+from edgewise.train.hooks import LayerInputs, gather, inputs_of_layers
 
 __all__ = ["Learner", "MobileQuant", "ports", "quantize", "smoothed"]
 
@@ -121,19 +121,22 @@ def ports(config: MobileQuant) -> dict[str, int]:
 
 # ---- before learning ----------------------------------------------------------------------------------------------
 
-def smoothed(checkpoint: Checkpoint, source: StatsSource, config: MobileQuant) -> Checkpoint:
-    """SmoothQuant folded into the weights: norms to their readers, up to down, and v to o where heads allow it."""
+def smoothed(checkpoint: Checkpoint, stats: Mapping[str, InputStats], config: MobileQuant) -> Checkpoint:
+    """SmoothQuant folded into the weights: norms to their readers, up to down, and v to o where heads allow it.
+
+    stats: of the float model's linears; a scale changes no statistics but those of its own group.
+    """
     heads, kv_heads = _heads(checkpoint)
 
-    def change(group: Group, tensors: Mapping[str, Stored], stats: InputStats | None) -> Mapping[str, Stored]:
-        if stats is None or group.producer is None or (group.site == "down" and not config.up_down) or (
+    def change(group: Group, tensors: Mapping[str, Stored], _: InputStats | None) -> Mapping[str, Stored]:
+        if not group.site or group.producer is None or (group.site == "down" and not config.up_down) or (
                 group.site == "output" and heads != kv_heads and not config.grouped):
             return {}
         weights = [np.asarray(tensors[name].dense(), np.float32) for name in group.names]
-        scale = scales_of(weights, stats.absmax, SmoothQuant(alpha=config.alpha))
+        scale = scales_of(weights, stats[group.names[0]].absmax, SmoothQuant(alpha=config.alpha))
         return rescaled(group, tensors, shared(scale, group))
 
-    return walk(checkpoint, change, source, step=Step("smooth", {"alpha": config.alpha}),
+    return walk(checkpoint, change, step=Step("smooth", {"alpha": config.alpha}),
                 blocks=range(_count(checkpoint, config)))
 
 
@@ -248,7 +251,7 @@ class Learner:
         self.config, self.fmt, self.count = config, fmt, _count(checkpoint, config)
         self.model = load(checkpoint)
         if config.smooth:
-            self.checkpoint = smoothed(checkpoint, TorchStats(self.model, texts), config)
+            self.checkpoint = smoothed(checkpoint, gather(self.model, texts), config)
             self.model = load(self.checkpoint)
         else:
             self.checkpoint = checkpoint
