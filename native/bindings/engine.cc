@@ -6,7 +6,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
+#include <stdexcept>
 
 #include "bindings/bindings.h"
 #include "bindings/packed.h"
@@ -39,6 +42,24 @@ Linear make_linear(const PackedMatrix& weight, const std::optional<Floats>& bias
 Norm make_norm(const std::string& kind, const std::optional<Floats>& weight, const std::optional<Floats>& bias, float eps) {
   if (kind != "rms" && kind != "layer") throw std::invalid_argument("unknown norm " + kind);
   return {kind == "rms" ? Norm::Kind::Rms : Norm::Kind::Layer, copy(weight), copy(bias), eps};
+}
+
+IntegerAttention integer_attention_of(const Layer& layer, const Grid& query, const Grid& key, const Grid& value, const Grid& score,
+                                      const Grid& probability, const Grid& out) {
+  for (const Grid& grid : {query, key, value})
+    if (grid.top > 255) throw std::invalid_argument("query, key and value of attention in integers have at most 8 bits");
+  if (layer.bias || layer.cross) throw std::invalid_argument("attention in integers takes no bias by distance and no second source");
+  IntegerAttention a{layer.head_dim, query, key, value, score, probability, out};
+  // Sums are below head_dim 255^2 and, probabilities adding up to one and a rounding each, 2^16 times 2 times 255.
+  const double to_score = static_cast<double>(query.scale) * key.scale * layer.scale / score.scale;
+  const double to_out = static_cast<double>(probability.scale) * value.scale / out.scale;
+  if (!(to_score * 65025.0 * static_cast<double>(layer.head_dim) < 0x1p31) || !(to_out * 0x1p25 < 0x1p31))
+    throw std::invalid_argument("the scale of scores or of what attention gives is too small for its sums");
+  a.score_shift = shift_of(to_score);
+  a.score_multiplier = static_cast<int32_t>(std::nearbyint(std::ldexp(to_score, a.score_shift)));
+  a.out_shift = shift_of(to_out);
+  a.out_multiplier = static_cast<int32_t>(std::nearbyint(std::ldexp(to_out, a.out_shift)));
+  return a;
 }
 
 void check_layer(const Model& m, const Layer& l, size_t index) {
@@ -139,7 +160,16 @@ void bind_engine(nb::module_& m) {
 
   nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, const PackedMatrix& weight, std::optional<Floats> bias, bool int8) {
     new (self) Linear(make_linear(weight, bias, int8));
-  }, "weight"_a, "bias"_a = nb::none(), "int8"_a = true);
+  }, "weight"_a, "bias"_a = nb::none(), "int8"_a = true)
+      .def("on_grid", [](Linear& linear, const Grid& in, std::optional<Grid> out) {
+             linear.integers = integers_of(linear.weight, linear.bias, in, out);
+             linear.weight.integers = &linear.integers->rows;
+             linear.bias.clear();
+           }, "input"_a, "output"_a.none(), "Inputs are rounded to a grid, and outputs where they have one; products are integers");
+  nb::class_<Grid>(m, "Grid", "code = clamp(rint(x / scale) + zero, 0, 2^bits - 1)").def("__init__", [](Grid* self, float scale, int32_t zero, int bits) {
+    if (!(scale > 0) || bits < 2 || bits > 16 || zero < 0 || zero >= 1 << bits) throw std::invalid_argument("a grid has a positive scale, 2 to 16 bits and a zero among its codes");
+    new (self) Grid{scale, zero, (1 << bits) - 1};
+  }, "scale"_a, "zero"_a, "bits"_a);
   nb::class_<Norm>(m, "Norm").def("__init__", [](Norm* self, const std::string& kind, std::optional<Floats> weight, std::optional<Floats> bias, float eps) {
     new (self) Norm(make_norm(kind, weight, bias, eps));
   }, "kind"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
@@ -213,7 +243,42 @@ void bind_engine(nb::module_& m) {
            "q_norm"_a.none() = nb::none(), "k_norm"_a.none() = nb::none(), "after_attention"_a.none() = nb::none(),
            "after_feed_forward"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "bias"_a.none() = nb::none(),
            "cross"_a.none() = nb::none(), "sinks"_a = 0)
+      .def("round_layer", [](Model& model, std::optional<Grid> attention_in, std::optional<Grid> query, std::optional<Grid> key, std::optional<Grid> value,
+                             std::optional<Grid> score, std::optional<Grid> probability, std::optional<Grid> attended,
+                             std::optional<Grid> feed_forward_in, std::optional<Grid> sigmoid, std::optional<Grid> act) {
+             if (model.layers.empty()) throw std::invalid_argument("round_layer: of the layer added last, but there is none");
+             Layer& layer = model.layers.back();
+             if (score && layer.visible != Visible::Causal) throw std::invalid_argument("attention in integers sees all positions before; it takes no window and no sinks");
+             auto rounding = std::make_shared<Rounding>();
+             *rounding = {attention_in, query, key, feed_forward_in, sigmoid, act, {}};
+             if (score && probability && query && key && value && attended) rounding->attention = integer_attention_of(layer, *query, *key, *value, *score, *probability, *attended);
+             layer.rounding = std::move(rounding);
+           }, "attention_in"_a.none(), "query"_a.none(), "key"_a.none(), "value"_a.none(), "score"_a.none(), "probability"_a.none(),
+           "attended"_a.none(), "feed_forward_in"_a.none(), "sigmoid"_a.none(), "act"_a.none(),
+           "Grids of the layer that was added last; with all of query to attended, its attention is made of integers")
       .def_prop_ro("layers", [](const Model& model) { return model.layers.size(); });
+
+  m.def("integer_matmul", [](const Linear& linear, nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> x,
+                             nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> y, const std::string& tier) {
+          const std::optional<Tier> found = tier_named(tier);
+          if (!linear.integers || !found || x.shape(1) != linear.cols() || y.shape(0) != x.shape(0) || y.shape(1) != linear.rows())
+            throw std::invalid_argument("integer_matmul: a linear on a grid, x (tokens, cols), y (tokens, rows), a tier");
+          const Kernels& table = kernels(*found);
+          Activations a;
+          a.tokens = x.shape(0), a.cols = linear.cols(), a.slots = a.tokens == 1 ? 1 : kLanes;
+          std::vector<uint8_t> buffer(Activations::nbytes_int8(a.tokens, a.cols, a.slots));
+          a.place_int8(buffer.data());
+          for (size_t t = 0; t < a.tokens; ++t) table.integer.quantise(linear.integers->in, x.data() + t * a.cols, 0, a.cols, a, t);
+          const PackedMatrix& w = linear.weight;
+          const size_t stride = w.panels() * kLanes;
+          std::vector<float> out(a.slots * stride);
+          for (size_t tile = 0; tile < a.tiles(); ++tile) {
+            const size_t count = std::min(a.slots, a.tokens - tile * a.slots);
+            table.integer.matmul(w.format)(w, 0, w.panels(), a, tile, 0, count, {out.data(), stride}, {});
+            for (size_t t = 0; t < count; ++t)
+              std::copy_n(out.data() + t * stride, w.rows, y.data() + (tile * a.slots + t) * w.rows);
+          }
+        }, "linear"_a, "x"_a, "y"_a, "tier"_a, "y (tokens, rows): a linear on a grid, by a tier's kernel");
 
   nb::class_<Choice>(m, "Choice").def_ro("token", &Choice::token).def_ro("logprob", &Choice::logprob).def_ro("alternatives", &Choice::alternatives);
 

@@ -53,7 +53,7 @@ void Session::visible_range(const Layer& layer, size_t token, int32_t& begin, in
 
 // With more heads to a group than share a pass, the general way is taken for one token too.
 bool Session::splits_chunks(const Layer& layer) const {
-  return count_ == 1 && layer.heads / layer.kv_heads <= kMaxQueries;
+  return count_ == 1 && layer.heads / layer.kv_heads <= kMaxQueries && layer.integer_attention() == nullptr;
 }
 
 // The first chunk that the token of this pass sees, and the one after the last.

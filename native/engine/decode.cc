@@ -130,7 +130,7 @@ void Session::gate_and_up_one(const Layer& layer, const LayerKernels& k, const I
     float* up = ffn_.floats() + share.from * kLanes;
     read_panels(layer.up, k.up, share.from, share.to, inputs, up, false, own);
     if (layer.gate.present()) read_panels(layer.gate, k.gate, share.from, share.to, inputs, gate, false, own);
-    kernels_.rows.gate(layer.function, layer.gate.present() ? gate : nullptr, up, (share.to - share.from) * kLanes);
+    gated(layer, layer.gate.present() ? gate : nullptr, up, (share.to - share.from) * kLanes);
   }
 }
 

@@ -94,13 +94,24 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
       if (gated)
         k.gate(layer.gate.weight, from, n, x_gate, tile, 0, count, {gate, width, layer.gate.bias_of(from)}, ahead(layer.gate.weight, tile));
       for (size_t t = 0; t < count; ++t) {
-        kernels_.rows.gate(layer.function, gated ? gate + t * width : nullptr, up + t * stride, width);
+        this->gated(layer, gated ? gate + t * width : nullptr, up + t * stride, width);
         if (down != nullptr) convert(up + t * stride, from * kLanes, width, *down, tile * x_up.slots + t);
       }
     }
   }
   pool_.barrier();
 }
+
+namespace {
+
+// The grid that the stream is rounded to as this norm of a layer reads it, or null.
+const Grid* rounded_in(const Layer& layer, const Norm& norm) {
+  if (!layer.rounding) return nullptr;
+  const std::optional<Grid>& grid = &norm == &layer.attention_norm ? layer.rounding->attention_in : layer.rounding->feed_forward_in;
+  return grid ? &*grid : nullptr;
+}
+
+}  // namespace
 
 void Session::norm_rows(const Norm& norm, size_t thread) {
   mark(thread, Operator::Inputs);
@@ -141,10 +152,14 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, 
   const size_t hidden = model_->hidden;
   // The input of a part: normed before it, or, where norms come after, normed in place now if that is still to be done.
   auto normed = [&](const Norm& before, const Norm* pending) {
-    return [this, &before, pending, post = layer.post_norm](size_t token, float* buffer) -> const float* {
+    return [this, &layer, &before, pending, post = layer.post_norm](size_t token, float* buffer) -> const float* {
       float* x = x_.floats() + token * hidden_stride_;
       if (post && pending != nullptr) apply_norm(kernels_, *pending, x, model_->hidden, x);
       if (post) return x;
+      if (const Grid* grid = rounded_in(layer, before)) {
+        kernels_.integer.snap(*grid, x, model_->hidden, buffer);
+        x = buffer;
+      }
       apply_norm(kernels_, before, x, model_->hidden, buffer);
       return buffer;
     };
@@ -154,13 +169,15 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, 
   if (parts & kAttendPart) {
     const Norm* pending = index > first && leaves_norm(index - 1, last) ? &model_->layers[index - 1].feed_forward_norm : nullptr;
     const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.q, &layer.k, &layer.v}), Site::Attention,
-                                  normed(layer.attention_norm, pending));
+                                  normed(layer.attention_norm, pending), grid_of({&layer.q, &layer.k, &layer.v}));
     const Work works[] = {{&layer.q, k.q, q_.floats(), q_stride_, false},
                           {&layer.k, k.k, k_.floats(), kv_stride_, false},
                           {&layer.v, k.v, v_.floats(), kv_stride_, false}};
     multiply(thread, phase_of(index, kQueriesKeysValues), works, 3, inputs, count_);
     mark(thread, Operator::Attention);
-    if (kept_[index].present)
+    if (layer.integer_attention() != nullptr)
+      attend_in_integers(layer, index, thread);
+    else if (kept_[index].present)
       splits_chunks(layer) ? attend_kept_one(layer, index, thread) : attend_kept(layer, index, thread);
     else if (splits_chunks(layer))
       attend_one(layer, index, thread);
@@ -173,7 +190,7 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, 
                                     if (!splits_chunks(layer)) return attention_.floats() + token * q_stride_;
                                     merge_one(layer, index, thread, buffer);
                                     return buffer;
-                                  });
+                                  }, grid_of({&layer.o}));
     const bool normed_after = layer.after_attention.kind != Norm::Kind::None;
     const Work work = {&layer.o, k.o, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
     multiply(thread, phase_of(index, kOut), &work, 1, inputs, count_);
@@ -188,15 +205,17 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, 
   // Of several tokens the feed-forward goes from one linear to the next without rows between them.
   const bool direct = count_ > 1 && !capture_ && parts == kWhole;
   Inputs down = direct ? place(count_, layer.down.cols(), kLanes, inputs_of({&layer.down}), ffn_.data()) : Inputs{};
+  down.grid = grid_of({&layer.down});
   if (parts & kFeedForwardPart) {
     const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.gate, &layer.up}), Site::FeedForward,
-                                  normed(layer.feed_forward_norm, leaves_attention_norm ? &layer.attention_norm : nullptr));
+                                  normed(layer.feed_forward_norm, leaves_attention_norm ? &layer.attention_norm : nullptr),
+                                  grid_of({&layer.gate, &layer.up}));
     gate_and_up(layer, k, inputs, thread, phase_of(index, kGateAndUp), direct ? &down : nullptr);
   }
   if (parts & kDownPart) {
     if (!direct)
       down = prepare(thread, layer.down.cols(), count_, inputs_of({&layer.down}), Site::Down,
-                     [&](size_t token, float*) { return ffn_.floats() + token * ffn_stride_; });
+                     [&](size_t token, float*) { return ffn_.floats() + token * ffn_stride_; }, grid_of({&layer.down}));
     const bool normed_after = layer.after_feed_forward.kind != Norm::Kind::None;
     const Work work = {&layer.down, k.down, normed_after ? branch_.floats() : x_.floats(), hidden_stride_, !normed_after};
     multiply(thread, phase_of(index, kDown), &work, 1, down, count_);

@@ -11,7 +11,8 @@ const Kernels& kernels(Tier tier) {
   switch (tier) {
 #define EDGEWISE_TIER(tier, name)                                                                                \
   case Tier::tier: {                                                                                             \
-    static const Kernels table = {Tier::tier, &name::matmul_kernel, name::row_kernels(), name::attention_kernels()}; \
+    static const Kernels table = {Tier::tier, &name::matmul_kernel, name::row_kernels(), name::attention_kernels(),  \
+                                  name::integer_kernels()};                                                          \
     return table;                                                                                                \
   }
 #include "edgewise/tiers.inc"

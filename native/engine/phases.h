@@ -78,10 +78,17 @@ inline unsigned inputs_of(std::initializer_list<const Linear*> linears) {
   return wanted;
 }
 
+// The grid of inputs that linears share; null where none has one.
+inline const Grid* grid_of(std::initializer_list<const Linear*> linears) {
+  for (const Linear* linear : linears)
+    if (linear->integers) return &linear->integers->in;
+  return nullptr;
+}
+
 // Activations of `tokens` rows in a buffer.
 inline Session::Inputs Session::place(size_t tokens, size_t cols, size_t slots, unsigned wanted, uint8_t* buffer) {
   Inputs inputs;
-  for (Activations* x : {&inputs.int8, &inputs.floats, &inputs.bfloats}) {
+  for (Activations* x : {&inputs.int8, &inputs.floats, &inputs.bfloats, &inputs.codes}) {
     x->tokens = tokens;
     x->cols = cols;
     x->slots = slots;
@@ -94,7 +101,11 @@ inline Session::Inputs Session::place(size_t tokens, size_t cols, size_t slots, 
     inputs.floats.place_float(buffer);
     buffer += Activations::nbytes_float(tokens, cols, slots);
   }
-  if (wanted & static_cast<unsigned>(Input::BFloat16)) inputs.bfloats.place_bfloat(buffer);
+  if (wanted & static_cast<unsigned>(Input::BFloat16)) {
+    inputs.bfloats.place_bfloat(buffer);
+    buffer += Activations::nbytes_bfloat(tokens, cols, slots);
+  }
+  if (wanted & static_cast<unsigned>(Input::Integer)) inputs.codes.place_int8(buffer);
   return inputs;
 }
 
@@ -104,15 +115,18 @@ inline void Session::convert(const float* values, size_t first, size_t n, Inputs
   if (inputs.int8.q != nullptr) kernels_.rows.quantise(values, first, n, inputs.int8, token);
   if (inputs.floats.f != nullptr) kernels_.rows.place(values, first, n, inputs.floats, token);
   if (inputs.bfloats.bf != nullptr) kernels_.rows.place_bfloat(values, first, n, inputs.bfloats, token);
+  if (inputs.codes.q != nullptr) kernels_.integer.quantise(*inputs.grid, values, first, n, inputs.codes, token);
 }
 
 // Inputs of a phase, rounded to all that is wanted. For one token every thread makes its own copy, which costs less than a
 // barrier; for more, the threads share the rows. row(token, buffer) gives the token's input, in place or in the buffer.
 template <class Row>
-Session::Inputs Session::prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row) {
+Session::Inputs Session::prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row,
+                                 const Grid* grid) {
   mark(thread, Operator::Inputs);
   const bool own = tokens == 1;
   Inputs inputs = place(tokens, cols, own ? 1 : kLanes, wanted, own ? thread_inputs_[thread].data() : shared_inputs_.data());
+  inputs.grid = grid;
 
   float* scratch = thread_rows_[thread].floats();
   auto take = [&](size_t token) {

@@ -56,6 +56,8 @@ Pages& Pages::operator=(Pages&& other) noexcept {
 MatmulKernel Session::kernel_for(const Linear& linear) {
   if (!linear.present()) return nullptr;
   bfloats_ |= linear.input() == Input::BFloat16;
+  integers_ |= linear.input() == Input::Integer;
+  if (linear.integers) return kernels_.integer.matmul(linear.weight.format);
   MatmulKernel kernel = kernels_.matmul(linear.weight.format, linear.input() == Input::Int8);
   if (kernel == nullptr) throw std::invalid_argument("a weight has a packed format without a matmul kernel");
   return kernel;
@@ -86,10 +88,20 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     const bool at_once = config_.kv == KvType::Int4 && layer.visible == Visible::Full;
     KvLayout layout{at_once ? KvType::Int8 : config_.kv, layer.head_dim};
     kv_layout_.push_back(layout);
-    add_kept(layer);
+    const IntegerAttention* integers = layer.integer_attention();
+    if (integers != nullptr) {  // codes of eight bits, whatever the cache of other layers holds
+      kept_.emplace_back();
+      key_head_nbytes_.push_back(aligned64(room / kLanes * integers->key_tile_nbytes()));
+      value_head_nbytes_.push_back(aligned64(integers->values_nbytes(room)));
+      if (thread_scores_.empty())
+        for (size_t t = 0; t < config_.threads; ++t) thread_scores_.emplace_back(IntegerAttention::scratch_nbytes(room));
+    } else {
+      add_kept(layer);
+      const bool present = kept_.back().present;
+      key_head_nbytes_.push_back(present ? kept_.back().nbytes : aligned64(room / kLanes * layout.key_tile_nbytes()));
+      value_head_nbytes_.push_back(present ? 0 : aligned64(room * layout.value_nbytes()));
+    }
     const Kept& kept = kept_.back();
-    key_head_nbytes_.push_back(kept.present ? kept.nbytes : aligned64(room / kLanes * layout.key_tile_nbytes()));
-    value_head_nbytes_.push_back(kept.present ? 0 : aligned64(room * layout.value_nbytes()));
     kv_offset_.push_back(kv_nbytes);
     kv_nbytes += config_.slots * layer.kv_heads * (key_head_nbytes_.back() + value_head_nbytes_.back());
     head_width = std::max(head_width, layout.padded());
@@ -178,7 +190,8 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
 // Of every kind that a linear may want, at the widest.
 size_t Session::inputs_nbytes(size_t tokens, size_t slots) const {
   return Activations::nbytes_int8(tokens, max_cols_, slots) + Activations::nbytes_float(tokens, max_cols_, slots) +
-         (bfloats_ ? Activations::nbytes_bfloat(tokens, max_cols_, slots) : 0);
+         (bfloats_ ? Activations::nbytes_bfloat(tokens, max_cols_, slots) : 0) +
+         (integers_ ? Activations::nbytes_int8(tokens, max_cols_, slots) : 0);
 }
 
 size_t Session::scratch_nbytes() const {
@@ -188,6 +201,7 @@ size_t Session::scratch_nbytes() const {
   for (const Pages& pages : thread_experts_) total += pages.nbytes();
   for (const Pages& pages : thread_rows_) total += pages.nbytes();
   for (const Pages& pages : thread_attention_) total += pages.nbytes();
+  for (const Pages& pages : thread_scores_) total += pages.nbytes();
   const size_t turns = rope_limit_ + (rope_limit_ < config_.context ? config_.batch : 0);
   for (const Rope& rope : model_->ropes) total += 2 * rope.inverse_frequency.size() * turns * sizeof(float);
   return total;

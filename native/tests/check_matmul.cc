@@ -3,8 +3,6 @@
 
 namespace edgewise {
 
-namespace {
-
 // Random codes are codes of any width; scales are made to be finite, now and then subnormal or zero.
 void fill_panel(Random& random, const PackedFormat& format, size_t cols, uint8_t* p, size_t nbytes) {
   for (size_t i = 0; i < nbytes; ++i) p[i] = random.byte();
@@ -39,6 +37,8 @@ void fill_panel(Random& random, const PackedFormat& format, size_t cols, uint8_t
     }
   }
 }
+
+namespace {
 
 void check_matmul(Case& test, const Kernels& found, const Kernels& reference, const PackedFormat& format, bool int8_inputs, bool whole_records) {
   const MatmulKernel kernel = found.matmul(format, int8_inputs), plain = reference.matmul(format, int8_inputs);

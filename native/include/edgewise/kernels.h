@@ -111,6 +111,42 @@ struct AttentionKernels {
                 const float* later_weight);
   void (*finish)(const float* sum, float weight, size_t n, float* out);
 };
+// Attention over keys and values of eight bits in one scale each, in integers. q, k, v, scores, probabilities and outputs
+// lie on grids; code of a score = sum (q - zero)(k - zero) times score_multiplier / 2^score_shift, rounded half up, plus
+// zero, clamped; of an output likewise from the sum of probability times value.
+//
+// Keys lie in tiles of 16 positions: the sum of each position's codes (16 int32), then its codes as signed bytes, four
+// dimensions of each position at a time. Values lie by four positions: 16 dimensions at a time, four bytes of each.
+struct IntegerAttention {
+  size_t head_dim = 0;
+  Grid query, key, value, score, probability, out;
+  int32_t score_multiplier = 0, out_multiplier = 0;
+  int score_shift = 1, out_shift = 1;
+  EDGEWISE_INLINE size_t padded() const { return (head_dim + kBlock - 1) / kBlock * kBlock; }
+  EDGEWISE_INLINE size_t key_tile_nbytes() const { return 64 + kLanes * padded(); }
+  EDGEWISE_INLINE size_t values_nbytes(size_t positions) const { return (positions + 3) / 4 * 4 * padded(); }
+  // Bytes of scratch for so many positions.
+  EDGEWISE_INLINE static size_t scratch_nbytes(size_t positions) { return ((positions + 15) / 16 + 1) * 16 * 7; }
+};
+
+struct IntegerKernels {
+  // Null for a format without a kernel: bits, and one scale to a row.
+  MatmulKernel (*matmul)(const PackedFormat& format);
+  // Of the 16 rows of a panel: sum of their codes (signed, padding included), scales, zero points of signed codes.
+  void (*describe)(const PackedMatrix& w, size_t panel, int32_t* code_sum, float* scale, int32_t* zero);
+  // n values of one token, from input `first` on (the first of a block), into its slot of x: unsigned codes and their sums.
+  void (*quantise)(const Grid& grid, const float* values, size_t first, size_t n, Activations& x, size_t token);
+  // y = x rounded to the grid, n values.
+  void (*snap)(const Grid& grid, const float* x, size_t n, float* y);
+  // up = f(gate) up, or f(up) without a gate; silu(g) = g sigmoid(g), the sigmoid and f(g) rounded where they have a grid.
+  void (*gate)(Gate function, const Grid* sigmoid, const Grid* act, const float* gate, float* up, size_t n);
+  // Write one position of a head; attend to positions begin .. end - 1 with one query, (head_dim) each.
+  void (*store_key)(const IntegerAttention& a, const float* key, size_t position, uint8_t* keys);
+  void (*store_value)(const IntegerAttention& a, const float* value, size_t position, uint8_t* values);
+  void (*attend)(const IntegerAttention& a, const float* q, size_t begin, size_t end, const uint8_t* keys, const uint8_t* values,
+                 float* out, uint8_t* scratch);
+};
+
 inline constexpr size_t kAttentionScratch = kMaxQueries * kChunk + kLanes * kMaxHeadDim;
 
 struct Kernels {
@@ -119,6 +155,7 @@ struct Kernels {
   MatmulKernel (*matmul)(const PackedFormat& format, bool int8_inputs);
   RowKernels rows;
   AttentionKernels attention;
+  IntegerKernels integer;
 };
 
 // The table of a tier that this processor can run.
@@ -129,6 +166,7 @@ const Kernels& kernels(Tier tier);
   MatmulKernel matmul_kernel(const PackedFormat& format, bool int8_inputs); \
   RowKernels row_kernels();                                                 \
   AttentionKernels attention_kernels();                                     \
+  IntegerKernels integer_kernels();                                         \
   }
 #include "edgewise/tiers.inc"
 #undef EDGEWISE_TIER

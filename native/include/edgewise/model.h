@@ -1,6 +1,7 @@
 // The weights of a Plan in packed form. Built once, then only read.
 #pragma once
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,7 +11,22 @@
 namespace edgewise {
 
 // What the inputs of a linear are rounded to, as bits: linears that read the same may want several.
-enum class Input : unsigned { Int8 = 1, Float32 = 2, BFloat16 = 4 };
+enum class Input : unsigned { Int8 = 1, Float32 = 2, BFloat16 = 4, Integer = 8 };
+
+// What a linear needs to be multiplied with inputs on one grid; see IntegerRows.
+struct Integers {
+  Grid in;
+  std::vector<int32_t> zero, correction, code_sum, multiplier, rest;
+  std::vector<float> scale, remainder;
+  IntegerRows rows;
+};
+// Inputs on the grid `in`, outputs on `out` or in floats. bias: (rows) or empty, added in units of a product. Throws where no
+// kernel takes the weight's format, or an output code times the outputs' scale could leave 32 bits.
+std::shared_ptr<const Integers> integers_of(const PackedMatrix& weight, const std::vector<float>& bias, const Grid& in,
+                                            const std::optional<Grid>& out);
+
+// Bits to shift by, so that factor * 2^shift has 30 bits: 1 to 62.
+int shift_of(double factor);
 
 struct Linear {
   PackedMatrix weight;
@@ -20,7 +36,9 @@ struct Linear {
   size_t cols() const { return weight.cols; }
   bool present() const { return weight.data != nullptr; }
   bool int8 = true;  // inputs are rounded to int8 per 32, where the weight is quantised
+  std::shared_ptr<const Integers> integers;  // inputs are on a grid; the bias is in there
   Input input() const {
+    if (integers) return Input::Integer;
     if (weight.format.element == Element::BFloat16Pairs) return Input::BFloat16;
     return int8 && weight.format.quantised() ? Input::Int8 : Input::Float32;
   }
@@ -70,6 +88,13 @@ struct Cross {
   float scale = 1;
 };
 
+// Grids that a layer's activations are rounded to, beside those of its linears. attention: scores and sums are made of
+// integers; it is complete, query and key included.
+struct Rounding {
+  std::optional<Grid> attention_in, query, key, feed_forward_in, sigmoid, act;
+  std::optional<IntegerAttention> attention;
+};
+
 // Sinks: the first few positions and the last `window`, at the distances they have in a cache of just these.
 enum class Visible { Causal, Sliding, Full, Sinks };
 
@@ -88,6 +113,8 @@ struct Layer {
   std::shared_ptr<const Experts> experts;
   std::shared_ptr<const RelativeBias> bias;  // one may serve many layers
   std::shared_ptr<const Cross> cross;
+  std::shared_ptr<const Rounding> rounding = nullptr;
+  const IntegerAttention* integer_attention() const { return rounding && rounding->attention ? &*rounding->attention : nullptr; }
 };
 
 struct Model {

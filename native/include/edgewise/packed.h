@@ -59,8 +59,27 @@ struct PackedFormat {
   size_t panel_nbytes(size_t cols) const;
 };
 
+// Static rounding of activations: code = clamp(rint(x / scale) + zero, 0, top), which stands for (code - zero) scale.
+struct Grid {
+  float scale = 1;
+  int32_t zero = 0, top = 255;
+};
+
+// What a matrix needs to be multiplied with inputs of one scale, row by row, whole panels. A row's sum of products of
+// signed codes and unsigned inputs, less zero times the sum of the inputs, plus correction, counts in units of `scale`.
+// With an output grid its code is that sum times multiplier / 2^shift, rounded half up, plus the grid's zero and `rest`,
+// clamped. The bias is in the correction; what rounding it to units leaves is in the rest, in codes, or, where outputs are
+// floats, in `remainder`.
+struct IntegerRows {
+  const int32_t *zero = nullptr, *correction = nullptr, *code_sum = nullptr, *multiplier = nullptr, *rest = nullptr;
+  const float *scale = nullptr, *remainder = nullptr;
+  int shift = 0;
+  Grid out;
+};
+
 struct PackedMatrix {
   PackedFormat format;
+  const IntegerRows* integers = nullptr;  // where it is multiplied with inputs of one scale
   size_t rows = 0, cols = 0;
   const uint8_t* data = nullptr;
   size_t nbytes = 0, panel_nbytes = 0;

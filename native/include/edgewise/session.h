@@ -122,8 +122,10 @@ class Session {
     bool add;
   };
   struct Inputs {
-    Activations int8, floats, bfloats;
+    Activations int8, floats, bfloats, codes;
+    const Grid* grid = nullptr;  // of codes
     const Activations& of(const Linear& linear) const {
+      if (linear.input() == Input::Integer) return codes;
       return linear.input() == Input::Int8 ? int8 : linear.input() == Input::Float32 ? floats : bfloats;
     }
   };
@@ -211,7 +213,7 @@ class Session {
   void feed_block(const Layer& layer, const LayerKernels& k, const Inputs& inputs, const TokenBlock& block, Inputs& down);
   void multiply_block(const Work* works, size_t n, const Inputs& inputs, const TokenBlock& block);
   template <class Row>
-  Inputs prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row);
+  Inputs prepare(size_t thread, size_t cols, size_t tokens, unsigned wanted, Site site, Row row, const Grid* grid = nullptr);
   void multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens);
   void multiply_one(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs);
   void read_panels(const Linear& linear, MatmulKernel kernel, size_t from, size_t to, const Inputs& inputs, float* y, bool add,
@@ -265,6 +267,8 @@ class Session {
   void attend_kept_tokens(const Layer& layer, size_t index, size_t thread, size_t from, size_t until, size_t kv_head, size_t pass);
   size_t turned_for(const Kept& kept, const Part& part, size_t position) const;
   void visible_range(const Layer& layer, size_t token, int32_t& begin, int32_t& end) const;
+  void attend_in_integers(const Layer& layer, size_t index, size_t thread);
+  void gated(const Layer& layer, const float* gate, float* up, size_t n) const;
   void norm_rows(const Norm& norm, size_t thread);
   void head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread);
   void turn(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token) const;
@@ -334,6 +338,8 @@ class Session {
   Pages partial_;                     // chunks of one token's attention
   size_t max_cols_ = 0;
   bool bfloats_ = false;  // some linear takes bfloat16 inputs
+  bool integers_ = false; // ... inputs on a grid
+  std::vector<Pages> thread_scores_;  // of integer attention
   Pages logits_;
   size_t logits_rows_ = 0, logits_stride_ = 0;
   std::vector<float> last_logits_;

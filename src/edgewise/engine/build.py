@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from edgewise.core.activation import StaticActivation
+from edgewise.core.errors import UnsupportedError
 from edgewise.core.storage import Stored
 from edgewise.engine.packing import PackedWeights
 from edgewise.engine.plan import Experts, FeedForward, Layer, Linear, Norm, Plan
@@ -45,7 +47,14 @@ def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any
 
     def linear(source: Linear) -> Any:
         bias = None if source.bias is None else _floats(source.bias)
-        return _core.Linear(matrix(source.weight), bias, source.activation == "int8")
+        made = _core.Linear(matrix(source.weight), bias, source.activation == "int8")
+        if source.activation == "static":
+            assert source.input is not None
+            try:
+                made.on_grid(_grid(source.input), _grid(source.output))
+            except ValueError as error:
+                raise UnsupportedError(f"{source.name}: {error}") from error
+        return made
 
     model = _core.Model(plan.hidden, plan.vocab, plan.context)
     model.set_embedding(_core.Linear(matrix(plan.embedding.weight)), plan.embedding_scale)
@@ -90,6 +99,17 @@ def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int], bia
         cross=None if cross is None else _core.Cross(
             linear(cross.q), linear(cross.k), linear(cross.v), linear(cross.o), _norm(cross.norm), cross.heads,
             cross.kv_heads, cross.head_dim, cross.scale))
+    if layer.rounding is not None:
+        names = ("attention_in", "query", "key", "value", "score", "probability", "attended", "feed_forward_in",
+                 "sigmoid", "act")
+        try:
+            model.round_layer(**{name: _grid(getattr(layer.rounding, name)) for name in names})
+        except ValueError as error:
+            raise UnsupportedError(f"{attention.q.name.partition('.self_attn.')[0]}: {error}") from error
+
+
+def _grid(grid: StaticActivation | None) -> Any:
+    return None if grid is None else _core.Grid(grid.scale, grid.zero, grid.bits)
 
 
 def _feed_forward(part: FeedForward | Experts, linear: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from edgewise.core.activation import activations_of
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import BudgetError, InvalidValueError, notice
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, float32_to_bf16, quantize
@@ -35,6 +36,7 @@ from edgewise.engine.plan import (
     plan_with,
     with_attention,
 )
+from edgewise.engine.static import with_static
 from edgewise.engine.tuning import Tuning, stored_tuning
 from edgewise.formats.cache import files_key
 from edgewise.formats.sources import open_checkpoint
@@ -113,7 +115,7 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
         raise InvalidValueError(f"a context has at least one position; given {context}")
     tuning = stored_tuning() if tuning is None else tuning
     threads = threads or tuning.threads or usable_cores().usable
-    plan = plan_of(checkpoint)
+    plan = with_static_of(checkpoint, plan_of(checkpoint), wanted=format is None and activations is None)
     if format is not None:
         plan = formatted(plan, format)
     if activations is not None:
@@ -132,6 +134,11 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     if policy is not None:
         policy = AttentionPolicy.parse(policy) if isinstance(policy, str) else policy
         plan = with_attention(plan, policy)
+    if any(layer.rounding is not None and layer.rounding.attends for layer in plan.layers):
+        if kv is not None:
+            notice("ignored", f"KV format {kv!r}: attention in integers keeps the codes of eight bits it is made of",
+                   where="kv")
+        kv = "int8"
     kv = kv or fitted.kv or default_kv(plan)
     if kv not in KV_FORMATS:
         raise InvalidValueError(f"KV format {kv!r}: expected {', '.join(KV_FORMATS)}")
@@ -179,6 +186,16 @@ def default_kv(plan: Plan) -> str:
     if plan.kind == "encoder":
         return "bf16" if "bfloat16" in inputs else "fp32"
     return "bf16" if plan.kind == "decoder" and inputs != {"float32"} else "fp16"
+
+
+def with_static_of(checkpoint: Checkpoint, plan: Plan, *, wanted: bool) -> Plan:
+    """The plan with the static activations that the checkpoint names; not wanted: without, and a notice."""
+    sites = activations_of(checkpoint.config)
+    if sites and not wanted:
+        notice("ignored", f"{len(sites)} static activations of the model: weights or inputs were asked for in another "
+               "form", where=checkpoint.source)
+        return plan
+    return with_static(plan, sites)
 
 
 def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:

@@ -87,9 +87,15 @@ def kv_bytes(plan: Plan, kv: str, context: int, slots: int = 1, batch: int = 256
     """
     total = 0 if plan.encoder is None else kv_bytes(plan.encoder, "fp32", context)
     constant = endless(plan)
-    return total + sum(
-        slots * attention.kv_heads * _kept(attention, kv, context, batch, constant).bytes(attention.head_dim)
-        for attention in _attentions(plan))
+    whole = {id(layer.attention) for layer in plan.layers if layer.rounding is not None and layer.rounding.attends}
+
+    def head_bytes(attention: Attention | CrossAttention) -> int:
+        if id(attention) not in whole:
+            return _kept(attention, kv, context, batch, constant).bytes(attention.head_dim)
+        room, padded = _up(context, 16), _up(attention.head_dim, 32)  # codes, and the sum of each key's
+        return _up(room // 16 * (64 + 16 * padded), 64) + _up(room * padded, 64)
+
+    return total + sum(slots * attention.kv_heads * head_bytes(attention) for attention in _attentions(plan))
 
 
 def _attentions(plan: Plan) -> list[Attention | CrossAttention]:
@@ -107,17 +113,20 @@ def _fresh_bytes(plan: Plan, batch: int, slots: int) -> int:
     return (batch // _GROUP + min(slots, max(batch // 2, 1))) * max(map(newest, attentions), default=0)
 
 
-def _inputs_bytes(tokens: int, cols: int, slots: int, bfloats: bool) -> int:
-    """Activations of a pass as int8 with their scales and sums, as floats, and as bfloat16 where a linear wants it."""
+def _inputs_bytes(tokens: int, cols: int, slots: int, bfloats: bool, codes: bool = False) -> int:
+    """Activations of a pass as int8 with their scales and sums, as floats, and where a linear wants it as bfloat16 and
+    as codes of a fixed grid."""
     blocks = _up(cols, 32) // 32
     cells = _up(tokens, slots) * blocks
-    return _up(cells * 32, 64) + 6 * _up(cells * 4, 64) + _up(cells * 32 * 4, 64) + bfloats * _up(cells * 32 * 2, 64)
+    whole = _up(cells * 32, 64) + 6 * _up(cells * 4, 64)
+    return whole * (1 + codes) + _up(cells * 32 * 4, 64) + bfloats * _up(cells * 32 * 2, 64)
 
 
 def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str = "fp16", slots: int = 1) -> int:
     """Buffers of a pass of `batch` tokens, of attention, logits and rotary tables; an encoder's own are added."""
     attentions = _attentions(plan)
-    bfloats = any(linear.activation == "bfloat16" for linear in linears_of(replace(plan, encoder=None)))
+    kinds = {linear.activation for linear in linears_of(replace(plan, encoder=None))}
+    bfloats, codes = "bfloat16" in kinds, "static" in kinds
     q_width = max(attention.heads * attention.head_dim for attention in attentions)
     kv_width = max(attention.kv_heads * attention.head_dim for attention in attentions)
     ffn_width = max(part.up.weight.shape[0] for layer in plan.layers for part in layer.feed_forwards)
@@ -129,13 +138,15 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str
         rows += _up(plan.hidden, 16)
     partial = max(layer.attention.heads * _kept(layer.attention, kv, context, batch, endless(plan)).parts
                   * (_up(layer.attention.head_dim, 32) + 2) for layer in plan.layers)
-    shared = _inputs_bytes(max(batch, 16), cols, 16, bfloats)
-    own = _inputs_bytes(1, cols, 1, bfloats) + _up(cols, 16) * 4
+    shared = _inputs_bytes(max(batch, 16), cols, 16, bfloats, codes)
+    own = _inputs_bytes(1, cols, 1, bfloats, codes) + _up(cols, 16) * 4
     width = max(_up(attention.head_dim, 32) for attention in attentions)
     queries = _MAX_QUERIES * max(3 * _MAX_HEAD_DIM, (2 * _GROUPS_AT_ONCE + 1) * width)
     attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + queries) * 4
     wide = _up(batch, 16) * max(per_token, 1) * _up(ffn_width, 32)
     total = (batch * rows + wide) * 4 + partial * 4 + shared + threads * (own + attention)
+    if any(layer.rounding is not None and layer.rounding.attends for layer in plan.layers):
+        total += threads * (_up(context, 16) + 16) * 7  # scores, and probabilities in three pieces
     if plan.encoder is not None:
         total += scratch_bytes(plan.encoder, context, context, threads)
     if routed:
@@ -143,8 +154,8 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str
         experts = max(len(part.experts) + (part.shared is not None) for part in routed)
         entries = batch * per_token
         tiles = (entries + 15 * min(entries, experts)) // 16  # each expert's tokens fill tiles of 16
-        total += batch * scores * 4 + tiles * _inputs_bytes(16, cols, 16, bfloats)
-        total += threads * per_token * _inputs_bytes(1, cols, 1, bfloats)
+        total += batch * scores * 4 + tiles * _inputs_bytes(16, cols, 16, bfloats, codes)
+        total += threads * per_token * _inputs_bytes(1, cols, 1, bfloats, codes)
     if plan.head is not None:
         stride = _up(plan.vocab, 16) * 4
         total += min(max(_LOGITS_BYTES // stride, 1), 16) * stride

@@ -14,17 +14,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgewise.core.activation import StaticActivation
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.storage import Stored
 from edgewise.core.values import dataclass
 
 __all__ = ["Activation", "Attention", "AttentionPolicy", "CrossAttention", "Experts", "FeedForward", "Layer", "Linear",
-           "Norm", "Plan", "RelativeBias", "Rope", "endless", "for_context", "layer_with", "plan_with",
+           "Norm", "Plan", "RelativeBias", "Rope", "Rounding", "endless", "for_context", "layer_with", "plan_with",
            "with_attention"]
 
 Float32 = NDArray[np.float32]
-Activation = Literal["int8", "float32", "bfloat16"]
-"""Inputs of a linear: int8 with one float32 scale per 32 inputs, float32, or bfloat16 where the weight is bfloat16 too.
+Activation = Literal["int8", "float32", "bfloat16", "static"]
+"""Inputs of a linear: int8 with one float32 scale per 32 inputs, float32, bfloat16 where the weight is bfloat16 too, or
+static: codes on the linear's own grid `input`, see engine/static.py.
 
 In products of bfloat16, values below 2^-56 count as zero; sums are float32."""
 
@@ -34,6 +36,7 @@ class Linear:
     """y = x W^T + b. weight: (out, in) Stored under the checkpoint's name `name`; bias: (out,) float32.
 
     rows: first and last + 1 of the checkpoint's tensor, where several linears lie in one (Phi-3's qkv_proj).
+    input, output: grids of what it reads and gives, where these are fixed; an output without one stays in floats.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Linear:
     bias: Float32 | None = None
     activation: Activation = "int8"
     rows: tuple[int, int] | None = None
+    input: StaticActivation | None = None
+    output: StaticActivation | None = None
 
     @property
     def key(self) -> str:
@@ -207,6 +212,29 @@ class Experts:
     shared_gate: Linear | None = None
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """Grids of a layer beside those of its linears: of the stream as each norm reads it; of sigmoid and function of the
+    gate; and of attention, whose six are all there or none: query, key and value, scores, probabilities, what it gives.
+    """
+
+    query: StaticActivation | None = None
+    key: StaticActivation | None = None
+    value: StaticActivation | None = None
+    score: StaticActivation | None = None
+    probability: StaticActivation | None = None
+    attended: StaticActivation | None = None
+    attention_in: StaticActivation | None = None
+    feed_forward_in: StaticActivation | None = None
+    sigmoid: StaticActivation | None = None
+    act: StaticActivation | None = None
+
+    @property
+    def attends(self) -> bool:
+        """Attention is made of integers."""
+        return self.query is not None
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """pre: h += attn(norm(h)); h += ffn(norm(h)).  post: h = norm(h + attn(h)); h = norm(h + ffn(h)).
@@ -223,6 +251,7 @@ class Layer:
     after_attention: Norm | None = None
     after_feed_forward: Norm | None = None
     cross: CrossAttention | None = None
+    rounding: Rounding | None = None
 
     @property
     def feed_forwards(self) -> tuple[FeedForward, ...]:

@@ -87,7 +87,7 @@ def workload_of_text(plan: Plan, matrices: Mapping[str, Any], *, tokens: int, kv
 def _linear(matrices: Mapping[str, Any], source: Linear, rows_in: float, *, tokens: int, int8: bool | None,
             name: str = "", reads: float = 1) -> Op:
     matrix = matrices[name or source.key]
-    whole = source.activation == "int8" if int8 is None else int8
+    whole = source.activation in ("int8", "static") if int8 is None else int8
     macs = round(matrix.rows * matrix.cols * rows_in)
     return Op(source.name, "linear", ((tokens, matrix.cols), (tokens, matrix.rows)), macs,
               round(matrix.nbytes * reads), 0, 0, "int8" if whole else "fp32")
