@@ -165,9 +165,9 @@ def test_the_folder_holds_integers_and_static_ranges(tiny, tmp_path):
     assert len(np.unique(weight.codes)) <= 16
     sites = activations_of(back.config)
     assert sites == activations_of(made.config)
-    assert {site.rsplit(".", 2)[-2] + "." + site.rsplit(".", 1)[-1] for site in sites} >= {
-        "q_proj.input", "self_attn.query", "self_attn.key", "v_proj.output", "self_attn.softmax_out",
-        "down_proj.input"}
+    assert {site.split(".", 3)[3] for site in sites} == {
+        *(f"self_attn.{part}_proj.input" for part in "qkv"), "mlp.gate_proj.input", "mlp.up_proj.input",
+        "mlp.down_proj.input"}
 
 
 def test_exported_weights_are_those_that_were_trained(tiny):

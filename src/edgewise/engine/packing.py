@@ -8,6 +8,7 @@ larger codebook, a group that blocks of 32 cannot carry, a factored weight, spar
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import mmap
@@ -333,6 +334,8 @@ class _Beside:
             region.madvise(mmap.MADV_DONTNEED)
 
         _fill(buffer, self._recipes, self._offsets, total, self._progress, written)
+        _give_back()
+        self._recipes = {}  # with them goes the source's mapping, whose pages would count until the file is synced
         del buffer
         region.close()
         # The pages are the file's, under whatever name: they can be used before they are on the disk.
@@ -340,6 +343,13 @@ class _Beside:
         if self._huge_pages:
             _ask_for_huge_pages(kept)
         self._buffer = np.frombuffer(kept, np.uint8)
+
+
+def _give_back() -> None:
+    """What a thread's allocator keeps for later, which a thread that ends does not need; glibc's alone knows how."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def pack_one(recipe: Recipe) -> Any:

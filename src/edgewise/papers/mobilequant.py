@@ -247,6 +247,6 @@ RECIPE = Recipe(
     },
     sources={"model": "inferred", "text": "inferred", "held_out": "inferred", "texts": "code", "length": "code",
              "blocks": "inferred", "channels": "inferred", "steps": "code", "scale_rate": "code", "clip_rate": "code",
-             "range_rate": "inferred", "windows": "inferred"},
+             "range_rate": "inferred", "windows": "inferred", "trained": "inferred", "characters": "inferred"},
     run=run,
 )

@@ -16,7 +16,8 @@ LLMs on the Edge", arXiv:2402.10787 (later "Squat"), and the repository shawnric
 Differs from the paper: L_D has a minus sign, which is what aligns the two (paper and code print +log C, which a
 minimiser drives apart). The teacher of the distillation is the float student alone, not two larger models beside it.
 Distillation is averaged over positions. The sums over batch and tokens stay inside the logarithms, as in the code.
-The routed set is that of the batch, as in the code; in a folder all tokens take `high_bits`, which is said.
+The routed set is that of the batch, as in the code. In a folder all tokens take `high_bits` and attention runs in
+floats, which is said: its scores have no grid, without which the engine has no integer attention.
 """
 
 from __future__ import annotations
@@ -294,6 +295,7 @@ def quantize(checkpoint: Checkpoint, token_ids: NDArray[np.int64], fmt: QuantFor
     if fmt is not None and str(fmt) != made:
         raise InvalidValueError(f"EdgeQAT makes {made}, one learned scale for a tensor; given {fmt}")
     student = train_edgeqat(checkpoint, token_ids, config, progress=progress, state=state)
+    notice("info", "in the folder attention runs in floats; linears run on integers", where="edgeqat")
     if config.low_share:
         notice("info", f"in the folder every token has {config.high_bits} bits; the {config.low_bits}-bit tokens are "
                "chosen while attention runs, and no kernel does that yet", where="edgeqat")
@@ -326,15 +328,15 @@ def exported(student: QuantisedLlama, checkpoint: Checkpoint, config: EdgeQat) -
 
 
 def _sites(layer: Any, prefix: str) -> dict[str, StaticActivation]:
-    """The learned ranges by site, as the engine runs them; see core.activation."""
+    """The learned ranges of linears' inputs by site, as the engine runs them; see core.activation.
+
+    Those inside attention are left out: the engine makes attention of integers where scores have a grid too, and
+    EdgeQAT leaves scores as they are.
+    """
     places = {"input": [f"self_attn.{part}_proj.input" for part in "qkv"],
-              "query": ["self_attn.query"], "key": ["self_attn.key"], "value": ["self_attn.v_proj.output"],
               "mlp_input": ["mlp.gate_proj.input", "mlp.up_proj.input"], "hidden": ["mlp.down_proj.input"]}
-    found = {f"{prefix}.{place}": _static(layer.sites[name].high) for name, names in places.items() for place in names
-             if layer.sites[name].high.initialised}
-    if layer.probabilities.initialised:
-        found[f"{prefix}.self_attn.softmax_out"] = _static(layer.probabilities)
-    return found
+    return {f"{prefix}.{place}": _static(layer.sites[name].high) for name, names in places.items() for place in names
+            if layer.sites[name].high.initialised}
 
 
 def _static(quantiser: LsqPlus) -> StaticActivation:
