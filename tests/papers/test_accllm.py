@@ -17,9 +17,8 @@ def test_the_smoke_scale_shows_that_the_mechanism_acts(tmp_path):
     report = reproduce("accllm", ablate=True, out=tmp_path)
     assert report["fours that keep other than two"] == 0
     assert report["places that recovery moved"] == 0
-    assert report["share of the log-perplexity gap at W2 that recovery removes"] > 0.1
-    assert report["masked GPTQ perplexity over rounding, W2"] < 1
-    assert report["SparseGPT perplexity over magnitude, 2:4"] < 1
+    assert report["error of the linears by masked GPTQ over rounding, W2"] < 1
+    assert report["error of the linears by SparseGPT over magnitude"] < 0.7
     assert report["cache bytes of a long text over those of a short"] == 1
     assert report["rise of perplexity by KV4"] < 0.05
     assert len(report.tables[0].rows) == 14

@@ -12,6 +12,9 @@ What is not of weights runs in the engine: inputs of linears in int8 (activation
 of four bits (kv "int4"), Lambda-shaped attention (attention "sink=4,window=..."). The order is the paper's: prune,
 quantise with the mask, then activations and cache, then recovery (train/sparse_recovery.py).
 
+A group's grid is chosen when its first column is reached, from the weights as the removal of the pruned ones within the
+group will leave them: rows of few inputs lose much to that.
+
 Differs from the paper: its score, grids and recovery are not public; SparseGPT, GPTQ with searched grids and
 distillation stand for them. Eight bits are per 32 inputs of a token, not per token: what the engine's kernels read.
 """
@@ -107,7 +110,10 @@ def quantize_kept(weight: Float32, mask: Mask, fmt: QuantFormat, hessian: NDArra
         if column % group == 0:  # block divides group: all errors before have arrived
             stop = min(column + group, size)
             kept = np.argsort(pruned[column:stop], axis=0, kind="stable")[:(stop - column) // 4 * KEPT]
-            values = np.take_along_axis(columns[column:stop], kept, axis=0)
+            ahead = columns[column:stop]
+            if hessian is not None:
+                ahead = _compensated(ahead, factor[column:stop, column:stop], pruned[column:stop])
+            values = np.take_along_axis(ahead, kept, axis=0)
             weights = (cost[column:stop] / cost[column:stop].mean())[kept] if config.search else None
             grids.append(grid_of(values.astype(np.float32), kept_fmt,
                                  None if weights is None else weights.astype(np.float32), search=config.search))
@@ -126,6 +132,17 @@ def quantize_kept(weight: Float32, mask: Mask, fmt: QuantFormat, hessian: NDArra
                 None if grids[0].offset is None else np.stack([each.shift for each in grids], axis=1).reshape(-1))
     values: QuantizedTensor = assembled(kept_codes, grid, kept_fmt)
     return Sparse("n_m", places, values, (rows, size), (KEPT, 4))
+
+
+def _compensated(columns: NDArray[np.float64], factor: NDArray[np.float64], pruned: Mask) -> NDArray[np.float64]:
+    """A group's columns (inputs, out) once what is pruned of it is made up for: what its grid will meet."""
+    ahead = columns.copy()
+
+    def decide(column: int) -> NDArray[np.floating]:
+        return np.where(pruned[column], 0.0, ahead[column])
+
+    sweep(ahead, factor, decide, len(ahead))
+    return ahead
 
 
 def _group_of(fmt: QuantFormat, size: int) -> tuple[int, QuantFormat]:
