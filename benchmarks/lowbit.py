@@ -32,6 +32,7 @@ from llm import Test, Worker, peer_environment
 from random_llama import SHAPES, random_file, random_llama
 from workers import HERE, commit, publish
 
+from edgewise.compress.reference import off_the_grid
 from edgewise.core.activation import StaticActivation, activations_to_config
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import collect_notices
@@ -49,7 +50,6 @@ from edgewise.measure.machine import probe, usable_cores
 from edgewise.measure.quality import divergence, perplexity
 from edgewise.measure.repeat import Sample
 from edgewise.native import _core
-from edgewise.papers.reference import float_reference
 
 OURS = ("int4/g32", "int4/g64/fp16/min", "int3/g64/fp16/min", "int2/g64/fp16/min", "int2/g128", "int8/g32",
         "2:4 int8/g64", "2:4 int4/g64", "2:4 int2/g64", "int4/axis", "static int4/axis", "int8/axis",
@@ -231,7 +231,7 @@ def quality(options: argparse.Namespace) -> Report:
     """Perplexity and divergence of both engines' weights from the same float reference."""
     from edgewise.fit import quantize
 
-    reference = float_reference(open_checkpoint(options.model), seed=0)
+    reference = off_the_grid(open_checkpoint(options.model), seed=0)
     folder = cache_root() / "benchmarks" / "lowbit"
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / "reference.F16.gguf"

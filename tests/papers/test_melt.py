@@ -1,50 +1,18 @@
-"""The synthetic trace, the float reference, and the smoke scale of the recipe."""
+"""The synthetic trace and the smoke scale of the recipe."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from edgewise.core.errors import UnsupportedError
-from edgewise.engine.loading import model_of
 from edgewise.measure.events import Event, EventLog
 from edgewise.papers import reproduce
 from edgewise.papers.melt import IDLE_W, WATTS, synthetic_trace
-from edgewise.papers.reference import float_reference, random_llama
-from tiny_checkpoint import tiny_encoder
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def logits(checkpoint):
-    ids = np.random.default_rng(1).integers(0, 256, 48)
-    return model_of(checkpoint, threads=1, cache=False, kv="fp32").forward(ids)
-
-
-def test_the_rescale_moves_every_weight_and_keeps_the_function():
-    source = random_llama(0)
-    moved = float_reference(source, 3)
-    before, after = logits(source), logits(moved)
-    # Weights are rounded to 16 bits once, with a relative error of 2^-11 each.
-    assert np.abs(after - before).max() < 0.02 * np.abs(before).max()
-    for name, stored in source.tensors.items():
-        ours, theirs = np.asarray(stored.dense()), np.asarray(moved.tensors[name].dense())
-        changed = np.abs(theirs / ours - 1)
-        assert (np.median(changed) > 0.01) == ("embed" not in name and name != "model.norm.weight"), name
-    assert moved.lineage[-1].seed == 3
-
-
-def test_the_rescale_is_seeded_and_knows_its_family():
-    source = random_llama(0)
-    name = "model.layers.1.mlp.down_proj.weight"
-    one, same, other = (np.asarray(float_reference(source, seed).tensors[name].dense()) for seed in (1, 1, 2))
-    assert np.array_equal(one, same)
-    assert not np.array_equal(one, other)
-    with pytest.raises(UnsupportedError, match="llama"):
-        float_reference(tiny_encoder(), 0)
 
 
 def test_the_synthetic_trace_has_the_watts_it_says():

@@ -8,7 +8,7 @@ import pytest
 from edgewise.engine.loading import model_of
 from edgewise.papers import reproduce
 from edgewise.papers.mobilequant import with_outliers
-from edgewise.papers.reference import random_llama
+from edgewise.papers.random_llama import random_llama
 
 
 def test_outliers_keep_the_function():

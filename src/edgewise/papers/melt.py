@@ -6,7 +6,7 @@ no end of text; MACRO runs are talks of several turns whose context carries over
 per turn; decode is bound by memory; quantisation pays in speed and costs accuracy; sustained use meets heat.
 
 Here the power trace is synthetic and the thermal body simulated: both are marked so. The ladder starts at float
-weights off every grid (papers/reference.py); a rung rounds the layers, and the table to 8 bits; perplexity is that of
+weights off every grid (compress/reference.py); a rung rounds the layers, and the table to 8 bits; perplexity is that of
 the evaluation text.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from edgewise.compress.reference import off_the_grid
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import collect_notices, notice
 from edgewise.core.numbers import QuantFormat, quantize
@@ -42,7 +43,7 @@ from edgewise.measure.power import PowerTrace, energy_of_turns
 from edgewise.measure.quality import kl_divergence
 from edgewise.measure.repeat import rounds
 from edgewise.native import _core
-from edgewise.papers.reference import float_reference, random_llama
+from edgewise.papers.random_llama import random_llama
 
 __all__ = ["RECIPE", "synthetic_trace"]
 
@@ -64,7 +65,7 @@ def run(settings: Mapping[str, Any], seed: int, ablate: bool) -> Report:
         checkpoint = random_llama(seed, hidden=settings["hidden"])
         ids = rng.integers(0, 256, settings["window"])
     else:
-        checkpoint, ids = float_reference(open_checkpoint(settings["model"]), seed), None
+        checkpoint, ids = off_the_grid(open_checkpoint(settings["model"]), seed=seed), None
     rows: list[tuple[Any, ...]] = []
     exact: Any = None
     tables: list[Table] = []

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgewise.compress.reference import off_the_grid
 from edgewise.core.activation import activations_of
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.numbers import QuantFormat
@@ -24,7 +25,6 @@ from edgewise.core.recipe import Claim, Recipe
 from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.storage import Dense, QuantizedTensor, Stored
 from edgewise.formats.sources import open_checkpoint
-from edgewise.papers.reference import float_reference
 
 __all__ = ["RECIPE", "integer_difference", "with_outliers"]
 
@@ -82,7 +82,7 @@ def _model_and_texts(settings: Mapping[str, Any], seed: int) -> tuple[Checkpoint
 
         source = small_llama(SmallLlama(**settings["trained"], seed=0))
     else:
-        source = float_reference(open_checkpoint(settings["model"]), seed)
+        source = off_the_grid(open_checkpoint(settings["model"]), seed=seed)
     encode, rng, length = tokenizer_of(source).encode, np.random.default_rng(seed), settings["length"]
 
     def texts(name: str, count: int) -> NDArray[Any]:

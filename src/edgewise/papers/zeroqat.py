@@ -23,7 +23,7 @@ from edgewise.core.recipe import Claim, Recipe
 from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.storage import Dense, Stored
 from edgewise.measure.memory import run_child
-from edgewise.papers.reference import random_llama
+from edgewise.papers.random_llama import random_llama
 
 __all__ = ["RECIPE", "child", "with_outliers"]
 
