@@ -14,9 +14,11 @@ from tiny_models import build, checkpoint_of, ids_of, torch_output  # noqa: E402
 
 from edgewise import models  # noqa: E402
 from edgewise.core.activation import activations_of  # noqa: E402
+from edgewise.core.checkpoint import Step  # noqa: E402
 from edgewise.core.errors import InvalidValueError, UnsupportedError  # noqa: E402
 from edgewise.core.numbers import QuantFormat  # noqa: E402
 from edgewise.core.storage import QuantizedTensor  # noqa: E402
+from edgewise.engine.loading import load  # noqa: E402
 from edgewise.formats import read_folder, write_folder  # noqa: E402
 from edgewise.train.equivalent import LINEARS, BlockShape, transformed  # noqa: E402
 from edgewise.train.mobilequant import Learner, MobileQuant, ports, quantize  # noqa: E402
@@ -86,6 +88,36 @@ def test_the_folder_rounds_as_training_did(fmt, tmp_path):
         assert np.array_equal(made.tensors[name].dense(), inner.detach().numpy())
     assert made.tensors["model.layers.0.mlp.down_proj.weight"].scales.shape == (64, 1)
     assert made.tensors["model.layers.0.mlp.up_proj.weight"].scales.shape == ((1, 1) if fmt is W8 else (96, 1))
+
+
+@pytest.mark.parametrize("fmt", [W8, W4])
+def test_the_folder_runs_in_integers_as_torch_simulates_it(fmt, tmp_path):
+    """Codes that reach the linears of a block within one of torch's; logits apart by a part of what rounding
+    moves them by, which is what codes at an edge between two steps do to what follows."""
+    whole = source()
+    one = whole.with_tensors({name: whole.tensors[name] for name in whole.tensors if ".layers." not in name
+                              or ".layers.0." in name}, Step("first block", {}), num_hidden_layers=1)
+    made = quantize(one, texts(), fmt, SHORT)
+    folder = write_folder(made, tmp_path / "m")
+    loaded, sites, row = models.load(read_folder(folder)), activations_of(made.config), texts()[0]
+    seen, block = {}, loaded.model.layers[0]
+    for name, part in (("attention", block.self_attn.q_proj), ("output", block.self_attn.o_proj),
+                       ("feed_forward", block.mlp.gate_proj), ("down", block.mlp.down_proj)):
+        part.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0][0].detach().numpy()}))
+    with torch.no_grad():
+        expected, exact = (item(torch.tensor(row)[None]).logits[0].numpy() for item in (loaded, models.load(one)))
+    model = load(str(folder), threads=2, context=32, cache=False)
+    model.session.set_capture(True)
+    model.session.forward(row.astype(np.int32), np.zeros(len(row), np.int32))
+    for name, site in (("attention", "self_attn.q_proj"), ("output", "self_attn.o_proj"),
+                       ("feed_forward", "mlp.gate_proj"), ("down", "mlp.down_proj")):
+        grid = sites[f"model.layers.0.{site}.input"]
+        apart = np.abs(grid.codes(model.session.captured(name)) - grid.codes(seen[name]))
+        assert apart.max() <= 1, site
+        assert (apart > 0).mean() < 0.02, site
+    model.session.set_capture(False)
+    model.reset()
+    assert np.abs(model.forward(row) - expected).mean() < 0.2 * np.abs(expected - exact).mean()
 
 
 def test_learning_lowers_the_error_and_folding_keeps_the_function():
