@@ -16,6 +16,7 @@ __all__, _opened = front_door(__name__, {
     "hooks": "TorchStats gather",
     "mobilequant": "Learner MobileQuant",
     "qat": "Phase Qat QuantizedLayer calibrate prepare quantisable stored_bits train_phases",
+    "surgery": "Unit cut fold_batch_norm macs remove_blocks units_of write_onnx_net",
     "sensitivity": "Sensitivity layer_fisher layer_scores under_budget weight_error widest_first",
 })
 
