@@ -39,7 +39,7 @@ def drawn():
     light[:, 40:190, 80:144] = -0.9
     for place, colour in enumerate(((1, -1, -1), (1, 0.8, -1), (-1, 1, -0.5))):
         lamp = (y - 65 - 50 * place)**2 + (x - 112)**2 < 20**2
-        light[:, lamp] = torch.tensor(colour)[:, None]
+        light[:, lamp] = torch.tensor(colour, dtype=torch.float32)[:, None]
     board = ((y // 28 + x // 28) % 2 * 2 - 1).expand(3, 224, 224)
     return torch.stack([ball, light, board])
 

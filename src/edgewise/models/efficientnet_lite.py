@@ -8,6 +8,7 @@ Pictures are RGB of 224 x 224, scaled to [-1, 1].
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ def efficientnet_lite0(*, offline: bool = False, progress: Progress | None = Non
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         model = Lite(EfficientNetLite())
         model.load_state_dict(state)
-    except (RuntimeError, ValueError, TypeError, AttributeError, EOFError, OSError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise FormatError(f"{path}: not the weights of EfficientNet-Lite0 ({error}); remove it to fetch them "
                           "again") from error
     return model.eval()
