@@ -48,6 +48,7 @@ IntegerAttention integer_attention_of(const Layer& layer, const Grid& query, con
                                       const Grid& probability, const Grid& out) {
   for (const Grid& grid : {query, key, value})
     if (grid.top > 255) throw std::invalid_argument("query, key and value of attention in integers have at most 8 bits");
+  if (!layer.attends() || layer.value_dim != layer.head_dim) throw std::invalid_argument("attention in integers takes keys and values of one width");
   if (layer.bias || layer.cross) throw std::invalid_argument("attention in integers takes no bias by distance and no second source");
   IntegerAttention a{layer.head_dim, query, key, value, score, probability, out};
   // Sums are below head_dim 255^2 and, probabilities adding up to one and a rounding each, 2^16 times 2 times 255.
@@ -64,18 +65,23 @@ IntegerAttention integer_attention_of(const Layer& layer, const Grid& query, con
 
 void check_layer(const Model& m, const Layer& l, size_t index) {
   auto fail = [&](const std::string& what) { throw std::invalid_argument("layer " + std::to_string(index) + ": " + what); };
-  if (l.heads == 0 || l.kv_heads == 0 || l.heads % l.kv_heads != 0) fail("heads is not a multiple of kv_heads");
-  if (l.head_dim == 0 || l.head_dim > kMaxHeadDim) fail("head_dim is " + std::to_string(l.head_dim) + "; at most " + std::to_string(kMaxHeadDim));
-  const size_t q = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
+  if ((!l.attends() || !l.feeds()) && (l.post_norm || l.cross || l.bias)) fail("a layer without one of its parts is normed before, and has no bias and no second source");
   auto shape = [&](const Linear& w, const char* name, size_t rows, size_t cols) {
     if (w.rows() != rows || w.cols() != cols)
       fail(std::string(name) + " is (" + std::to_string(w.rows()) + ", " + std::to_string(w.cols()) + "); expected (" +
            std::to_string(rows) + ", " + std::to_string(cols) + ")");
   };
-  shape(l.q, "q", q, m.hidden);
-  shape(l.k, "k", kv, m.hidden);
-  shape(l.v, "v", kv, m.hidden);
-  shape(l.o, "o", m.hidden, q);
+  if (l.attends()) {
+    if (l.heads == 0 || l.kv_heads == 0 || l.heads % l.kv_heads != 0) fail("heads is not a multiple of kv_heads");
+    for (const size_t dim : {l.head_dim, l.value_dim})
+      if (dim == 0 || dim > kMaxHeadDim) fail("a head has " + std::to_string(dim) + " dimensions; at most " + std::to_string(kMaxHeadDim));
+    shape(l.q, "q", l.heads * l.head_dim, m.hidden);
+    shape(l.k, "k", l.kv_heads * l.head_dim, m.hidden);
+    shape(l.v, "v", l.kv_heads * l.value_dim, m.hidden);
+    shape(l.o, "o", m.hidden, l.heads * l.value_dim);
+  } else if (l.heads != 0 || l.kv_heads != 0 || l.k.present() || l.v.present() || l.o.present()) {
+    fail("heads without queries");
+  }
   auto gated = [&](const Linear& gate, const Linear& up, const Linear& down) {
     shape(up, "up", up.rows(), m.hidden);
     if (gate.present()) shape(gate, "gate", up.rows(), m.hidden);
@@ -90,8 +96,10 @@ void check_layer(const Model& m, const Layer& l, size_t index) {
     if (e.shared_gate.present()) shape(e.shared_gate, "shared gate", 1, m.hidden);
     for (const FeedForward& expert : e.experts) gated(expert.gate, expert.up, expert.down);
     if (l.post_norm || l.after_feed_forward.kind != Norm::Kind::None) fail("what experts give is added as it is");
-  } else {
+  } else if (l.feeds()) {
     gated(l.gate, l.up, l.down);
+  } else if (l.gate.present() || l.down.present()) {
+    fail("a feed-forward without its up");
   }
   if (l.bias && l.bias->heads() != l.heads)
     fail("a bias of " + std::to_string(l.bias->heads()) + " heads; attention has " + std::to_string(l.heads));
@@ -110,14 +118,21 @@ void check_layer(const Model& m, const Layer& l, size_t index) {
   if ((l.visible == Visible::Sliding || l.visible == Visible::Sinks) && l.window == 0) fail("a window has at least one position");
   if (l.rope >= 0) {
     if (static_cast<size_t>(l.rope) >= m.ropes.size()) fail("rope index out of range");
-    if (2 * m.ropes[static_cast<size_t>(l.rope)].inverse_frequency.size() > l.head_dim) fail("rotary dimensions exceed head_dim");
+    const size_t known = m.ropes[static_cast<size_t>(l.rope)].inverse_frequency.size();
+    if (l.attends() && l.turns.empty() && 2 * known > l.head_dim) fail("rotary dimensions exceed head_dim");
+    if (!l.turns.empty() && (l.head_dim % 2 != 0 || l.turns.size() != l.kv_heads * (l.head_dim / 2)))
+      fail("a frequency is chosen for each pair of every key head");
+    for (const uint16_t turn : l.turns)
+      if (turn >= known) fail("a pair is turned by frequency " + std::to_string(turn) + " of " + std::to_string(known));
+  } else if (!l.turns.empty()) {
+    fail("frequencies are chosen of no rotary embedding");
   }
   auto size = [&](const Norm& norm, size_t expected, const char* of) {
     if (norm.weight.size() != expected)
       fail("a norm has " + std::to_string(norm.weight.size()) + " weights; " + of + " is " + std::to_string(expected));
   };
-  size(l.attention_norm, m.hidden, "hidden");
-  size(l.feed_forward_norm, m.hidden, "hidden");
+  if (l.attends()) size(l.attention_norm, m.hidden, "hidden");
+  if (l.feeds()) size(l.feed_forward_norm, m.hidden, "hidden");
   for (const Norm* norm : {&l.after_attention, &l.after_feed_forward})
     if (norm->kind != Norm::Kind::None) size(*norm, m.hidden, "hidden");
   for (const Norm* norm : {&l.q_norm, &l.k_norm}) {
@@ -223,26 +238,28 @@ void bind_engine(nb::module_& m) {
              model.ropes.push_back({copy(inverse_frequency), attention_factor});
              return model.ropes.size() - 1;
            }, "inverse_frequency"_a, "attention_factor"_a)
-      .def("add_layer", [](Model& model, const Linear& q, const Linear& k, const Linear& v, const Linear& o, const Linear* gate, const Linear* up,
-                           const Linear* down, const Norm& attention_norm, const Norm& feed_forward_norm, size_t heads, size_t kv_heads,
+      .def("add_layer", [](Model& model, const Linear* q, const Linear* k, const Linear* v, const Linear* o, const Linear* gate, const Linear* up,
+                           const Linear* down, const Norm* attention_norm, const Norm* feed_forward_norm, size_t heads, size_t kv_heads,
                            size_t head_dim, float scale, int rope, const std::string& visible, size_t window, const std::string& function, bool post_norm,
                            const Norm* q_norm, const Norm* k_norm, const Norm* after_attention, const Norm* after_feed_forward,
-                           const Experts* experts, std::shared_ptr<const RelativeBias> bias, const Cross* cross, size_t sinks) {
+                           const Experts* experts, std::shared_ptr<const RelativeBias> bias, const Cross* cross, size_t sinks, size_t value_dim,
+                           std::optional<nb::ndarray<const uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>> turns) {
              auto or_absent = [](const Linear* linear) { return linear ? *linear : Linear{}; };
              auto or_none = [](const Norm* norm) { return norm ? *norm : Norm{}; };
-             Layer layer{q, k, v, o, or_absent(gate), or_absent(up), or_absent(down), attention_norm, feed_forward_norm, or_none(q_norm), or_none(k_norm),
-                         or_none(after_attention), or_none(after_feed_forward), heads, kv_heads, head_dim, scale, rope,
+             Layer layer{or_absent(q), or_absent(k), or_absent(v), or_absent(o), or_absent(gate), or_absent(up), or_absent(down), or_none(attention_norm), or_none(feed_forward_norm), or_none(q_norm), or_none(k_norm),
+                         or_none(after_attention), or_none(after_feed_forward), heads, kv_heads, head_dim, value_dim == 0 ? head_dim : value_dim, scale, rope,
                          pick<Visible>("policy", visible, {{"causal", Visible::Causal}, {"sliding", Visible::Sliding}, {"full", Visible::Full}, {"sinks", Visible::Sinks}}),
                          window, sinks,
                          function_named(function), post_norm, experts ? std::make_shared<const Experts>(*experts) : nullptr, std::move(bias),
                          cross ? std::make_shared<const Cross>(*cross) : nullptr};
+             if (turns) layer.turns.assign(turns->data(), turns->data() + turns->size());
              check_layer(model, layer, model.layers.size());
              model.layers.push_back(std::move(layer));
-           }, "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a.none(), "up"_a.none(), "down"_a.none(), "attention_norm"_a, "feed_forward_norm"_a, "heads"_a, "kv_heads"_a,
+           }, "q"_a.none(), "k"_a.none(), "v"_a.none(), "o"_a.none(), "gate"_a.none(), "up"_a.none(), "down"_a.none(), "attention_norm"_a.none(), "feed_forward_norm"_a.none(), "heads"_a, "kv_heads"_a,
            "head_dim"_a, "scale"_a, "rope"_a, "visible"_a, "window"_a, "function"_a, "post_norm"_a,
            "q_norm"_a.none() = nb::none(), "k_norm"_a.none() = nb::none(), "after_attention"_a.none() = nb::none(),
            "after_feed_forward"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "bias"_a.none() = nb::none(),
-           "cross"_a.none() = nb::none(), "sinks"_a = 0)
+           "cross"_a.none() = nb::none(), "sinks"_a = 0, "value_dim"_a = 0, "turns"_a.none() = nb::none())
       .def("round_layer", [](Model& model, std::optional<Grid> attention_in, std::optional<Grid> query, std::optional<Grid> key, std::optional<Grid> value,
                              std::optional<Grid> score, std::optional<Grid> probability, std::optional<Grid> attended,
                              std::optional<Grid> feed_forward_in, std::optional<Grid> sigmoid, std::optional<Grid> act) {

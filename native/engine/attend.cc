@@ -15,22 +15,30 @@ RelativeBias::RelativeBias(const float* values, size_t heads, size_t reach) : re
 
 // Query or key heads as attention compares them: each normed where the layer asks for it, then rotated by halves,
 // (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of the rotary dimensions.
-void Session::turn(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token) const {
-  turn_to(layer, norm, heads, count, token, static_cast<size_t>(positions_[token]));
+void Session::turn(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token, size_t kv_head) const {
+  turn_to(layer, norm, heads, count, token, kv_head, static_cast<size_t>(positions_[token]));
 }
 
-// position: the token's own, or one below the limit of the tables.
-void Session::turn_to(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token, size_t position) const {
+// kv_head: theirs. position: the token's own, or one below the limit of the tables.
+void Session::turn_to(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token, size_t kv_head, size_t position) const {
   if (norm.kind != Norm::Kind::None)
     for (size_t h = 0; h < count; ++h) {
       float* x = heads + h * layer.head_dim;
       kernels_.rows.rms_norm(x, norm.weight.data(), norm.eps, layer.head_dim, x);
     }
   if (layer.rope < 0) return;
-  const size_t r = static_cast<size_t>(layer.rope), half = model_->ropes[r].inverse_frequency.size();
+  const size_t r = static_cast<size_t>(layer.rope);
+  size_t half = model_->ropes[r].inverse_frequency.size();
   const bool late = position >= rope_limit_;
   const float* cosine = (late ? late_cosine_[r].data() + token * half : cosine_[r].data() + position * half);
   const float* sine = (late ? late_sine_[r].data() + token * half : sine_[r].data() + position * half);
+  float kept[2][kMaxHeadDim / 2];
+  if (!layer.turns.empty()) {
+    half = layer.head_dim / 2;
+    const uint16_t* from = layer.turns.data() + kv_head * half;
+    for (size_t i = 0; i < half; ++i) kept[0][i] = cosine[from[i]], kept[1][i] = sine[from[i]];
+    cosine = kept[0], sine = kept[1];
+  }
   for (size_t h = 0; h < count; ++h) {
     float* x = heads + h * layer.head_dim;
     for (size_t i = 0; i < half; ++i) {
@@ -53,7 +61,7 @@ void Session::visible_range(const Layer& layer, size_t token, int32_t& begin, in
 
 // With more heads to a group than share a pass, the general way is taken for one token too.
 bool Session::splits_chunks(const Layer& layer) const {
-  return count_ == 1 && layer.heads / layer.kv_heads <= kMaxQueries && layer.integer_attention() == nullptr;
+  return count_ == 1 && layer.heads <= kMaxQueries * layer.kv_heads && layer.integer_attention() == nullptr;
 }
 
 // The first chunk that the token of this pass sees, and the one after the last.
@@ -66,7 +74,7 @@ std::pair<size_t, size_t> Session::visible_chunks(const Layer& layer) const {
 // One token: its visible chunks are split over the threads as well as its heads; merge_one puts them together.
 void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
   const KvLayout& layout = kv_layout_[index];
-  const size_t group = layer.heads / layer.kv_heads, padded = layout.padded(), slot = static_cast<size_t>(slots_[0]);
+  const size_t group = layer.heads / layer.kv_heads, padded = layout.value_padded(), slot = static_cast<size_t>(slots_[0]);
   int32_t begin, end;
   visible_range(layer, 0, begin, end);
   const auto [first, last] = visible_chunks(layer);
@@ -87,12 +95,12 @@ void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
     if (chunk == own_chunk) {  // the only item that reads the new position
       float key[kMaxHeadDim];
       std::memcpy(key, k_.floats() + kv_head * layer.head_dim, layer.head_dim * sizeof(float));
-      turn(layer, layer.k_norm, key, 1, 0);
+      turn(layer, layer.k_norm, key, 1, 0, kv_head);
       kernels_.attention.store_key(layout, key, static_cast<size_t>(positions_[0]), head_keys);
-      kernels_.attention.store_value(layout, v_.floats() + kv_head * layer.head_dim, static_cast<size_t>(positions_[0]), head_values);
+      kernels_.attention.store_value(layout, v_.floats() + kv_head * layer.value_dim, static_cast<size_t>(positions_[0]), head_values);
     }
     std::memcpy(local, q_.floats() + head * layer.head_dim, group * layer.head_dim * sizeof(float));
-    turn(layer, layer.q_norm, local, group, 0);
+    turn(layer, layer.q_norm, local, group, 0, kv_head);
     AttentionTask task{&layout, head_keys, head_values, local, layer.head_dim, group, begins, stops, layer.scale};
     if (share.own) {
       const auto [key_nbytes, value_nbytes] = chunk_nbytes(index, chunk);
@@ -112,9 +120,9 @@ void Session::attend_one(const Layer& layer, size_t index, size_t thread) {
   wait(thread);
 }
 
-// out: (heads * head_dim). Chunks are merged in order, as attend_many does.
+// out: (heads * value_dim). Chunks are merged in order, as attend_many does.
 void Session::merge_one(const Layer& layer, size_t index, size_t thread, float* out) const {
-  const size_t padded = kv_layout_[index].padded();
+  const size_t padded = kv_layout_[index].value_padded();
   const auto [first, last] = visible_chunks(layer);
   float* sums = thread_attention_[thread].floats() + kAttentionScratch;
   float peaks[kMaxQueries], weights[kMaxQueries];
@@ -135,16 +143,16 @@ void Session::merge_one(const Layer& layer, size_t index, size_t thread, float* 
       }
     }
     for (size_t i = 0; i < heads; ++i)
-      kernels_.attention.finish(sums + i * padded, weights[i], layer.head_dim, out + (head + i) * layer.head_dim);
+      kernels_.attention.finish(sums + i * padded, weights[i], layer.value_dim, out + (head + i) * layer.value_dim);
   }
 }
 
 void Session::store_position(const Layer& layer, size_t index, size_t token, size_t head) {
   const size_t slot = static_cast<size_t>(slots_[token]), position = static_cast<size_t>(positions_[token]);
-  const size_t at = token * kv_stride_ + head * layer.head_dim;
-  turn(layer, layer.k_norm, k_.floats() + at, 1, token);
-  kernels_.attention.store_key(kv_layout_[index], k_.floats() + at, position, keys(index, slot, head));
-  kernels_.attention.store_value(kv_layout_[index], v_.floats() + at, position, values(index, slot, head));
+  float* key = k_.floats() + token * kv_stride_ + head * layer.head_dim;
+  turn(layer, layer.k_norm, key, 1, token, head);
+  kernels_.attention.store_key(kv_layout_[index], key, position, keys(index, slot, head));
+  kernels_.attention.store_value(kv_layout_[index], v_.floats() + token * kv_stride_ + head * layer.value_dim, position, values(index, slot, head));
 }
 
 // One thread: tokens from .. until - 1, head by head, so that keys and values of one stay in the cache while all queries
@@ -161,25 +169,20 @@ void Session::attend_block(const Layer& layer, size_t index, size_t thread, size
             return keys(index, slot, kv_head);
           },
           [&](size_t token, int32_t& begin, int32_t& end) { visible_range(layer, token, begin, end); },
-          [&](float* q, size_t heads, size_t token) { turn(layer, layer.q_norm, q, heads, token); });
+          [&](float* q, size_t heads, size_t token, size_t kv_head) { turn(layer, layer.q_norm, q, heads, token, kv_head); });
 }
 
 void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
   const KvLayout& layout = kv_layout_[index];
   const size_t dim = layer.head_dim;
-  auto store = [&](size_t t, size_t head) {
-    const size_t slot = static_cast<size_t>(slots_[t]), position = static_cast<size_t>(positions_[t]), at = t * kv_stride_ + head * dim;
-    turn(layer, layer.k_norm, k_.floats() + at, 1, t);
-    kernels_.attention.store_key(layout, k_.floats() + at, position, keys(index, slot, head));
-    kernels_.attention.store_value(layout, v_.floats() + at, position, values(index, slot, head));
-  };
+  auto store = [&](size_t t, size_t head) { store_position(layer, index, t, head); };
   const Attended to{layout, layer.heads, layer.kv_heads, layer.scale, layer.bias.get()};
   auto place = [&](size_t slot, size_t head, const uint8_t*& heads_values) {
     heads_values = values(index, slot, head);
     return keys(index, slot, head);
   };
   auto range = [&](size_t token, int32_t& begin, int32_t& end) { visible_range(layer, token, begin, end); };
-  auto turned = [&](float* q, size_t heads, size_t token) { turn(layer, layer.q_norm, q, heads, token); };
+  auto turned = [&](float* q, size_t heads, size_t token, size_t kv_head) { turn(layer, layer.q_norm, q, heads, token, kv_head); };
 
   // Where there are enough heads of sequences for all threads, one stores the keys and values of a head and attends to them
   // while they are in its cache.
@@ -195,7 +198,7 @@ void Session::attend_many(const Layer& layer, size_t index, size_t thread) {
         constexpr size_t kRows = 8;
         for (size_t i = 0; i < dim; i += kLanes) {
           __builtin_prefetch(k_.floats() + (t + kRows) * kv_stride_ + head * dim + i);
-          __builtin_prefetch(v_.floats() + (t + kRows) * kv_stride_ + head * dim + i);
+          __builtin_prefetch(v_.floats() + (t + kRows) * kv_stride_ + head * layer.value_dim + i);
           __builtin_prefetch(q_.floats() + t * q_stride_ + head * g.group * dim + i);
         }
         store(t, head);

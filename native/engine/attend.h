@@ -33,12 +33,12 @@ struct QueryGroup {
 // One thread: tokens from .. until - 1, with the heads of a pass over one key head. Several groups of a slot meet a chunk
 // of positions while it is in the cache, each in its own order of chunks.
 // place(slot, head, values): keys and values of a head; range(token, begin, end): what a token sees of them;
-// turn(q, heads, token): query heads as they are compared.
+// turn(q, heads, token, kv_head): query heads as they are compared.
 template <class Place, class Range, class Turn>
 void Session::attend_tokens(size_t thread, const Attended& to, size_t from, size_t until, size_t kv_head, size_t pass, Place place,
                             Range range, Turn turn) {
   const QueryGroups g(to.heads, to.kv_heads);
-  const size_t dim = to.layout.head_dim, padded = to.layout.padded();
+  const size_t dim = to.layout.head_dim, values_dim = to.layout.value_dim, padded = to.layout.value_padded();
   const size_t head = kv_head * g.group + pass * g.heads_at_once, heads = std::min(g.heads_at_once, g.group - pass * g.heads_at_once);
   float* scratch = thread_attention_[thread].floats();
   float* parts = scratch + kAttentionScratch;             // (queries, padded) of the chunk at hand
@@ -57,7 +57,7 @@ void Session::attend_tokens(size_t thread, const Attended& to, size_t from, size
       for (; t < until && t < own.token + g.tokens_at_once && slots_[t] == slots_[own.token]; ++t) {
         float* turned = q + count * q_stride + own.queries * dim;
         std::memcpy(turned, q_.floats() + t * q_stride_ + head * dim, heads * dim * sizeof(float));
-        turn(turned, heads, t);
+        turn(turned, heads, t, kv_head);
         biases_of(to.bias, head, heads, own.biases + own.queries);
         int32_t begin, end;
         range(t, begin, end);
@@ -97,8 +97,8 @@ void Session::attend_tokens(size_t thread, const Attended& to, size_t from, size
       }
     for (size_t i = 0; i < count; ++i)
       for (size_t k = 0; k < groups[i].queries; ++k)
-        kernels_.attention.finish(sums + i * sums_stride + k * padded, groups[i].weight[k], dim,
-                                  attention_.floats() + (groups[i].token + k / heads) * q_stride_ + (head + k % heads) * dim);
+        kernels_.attention.finish(sums + i * sums_stride + k * padded, groups[i].weight[k], values_dim,
+                                  attention_.floats() + (groups[i].token + k / heads) * q_stride_ + (head + k % heads) * values_dim);
   }
 }
 

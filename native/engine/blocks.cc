@@ -41,6 +41,7 @@ bool Session::goes_in_blocks(size_t first, size_t last) const {
   if (first == last || capture_) return false;
   for (size_t l = first; l < last; ++l) {
     const Layer& layer = model_->layers[l];
+    if (!layer.attends() || !layer.feeds()) return false;
     if (layer.visible != Visible::Full || kept_[l].present || layer.experts || layer.cross) return false;
     if (layer.after_attention.kind != Norm::Kind::None || layer.after_feed_forward.kind != Norm::Kind::None) return false;
   }

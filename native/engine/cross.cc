@@ -24,7 +24,7 @@ void Session::add_cross(const Cross* cross, LayerKernels& kernels) {
   kernels.cross_o = kernel_for(cross->o);
   const size_t room = (config_.source + kLanes - 1) / kLanes * kLanes;
   CrossKv& kv = cross_.back();
-  kv.layout = {config_.kv == KvType::Int4 ? KvType::Int8 : config_.kv, cross->head_dim};  // there at once, never packed
+  kv.layout = {config_.kv == KvType::Int4 ? KvType::Int8 : config_.kv, cross->head_dim, cross->head_dim};  // there at once, never packed
   kv.offset = cross_nbytes_;
   kv.key_nbytes = aligned64(room / kLanes * kv.layout.key_tile_nbytes());
   kv.value_nbytes = aligned64(room * kv.layout.value_nbytes());
@@ -105,7 +105,7 @@ void Session::attend_across(const Cross& cross, size_t index, size_t thread) {
         begin = 0;
         end = static_cast<int32_t>(source_lengths_[static_cast<size_t>(slots_[token])]);
       },
-      [](float*, size_t, size_t) {});
+      [](float*, size_t, size_t, size_t) {});
   const Inputs inputs = prepare(thread, cross.o.cols(), count_, inputs_of({&cross.o}), Site::CrossOutput,
                                 [&](size_t token, float*) { return attention_.floats() + token * q_stride_; });
   const Work work = {&cross.o, k.cross_o, x_.floats(), hidden_stride_, true};

@@ -38,13 +38,15 @@ void Session::plan_weights(size_t thread) {
   };
   for (size_t i = 0; i < layers; ++i) {
     const Layer& layer = model_->layers[i];
-    in_turn(phase_of(i, kQueriesKeysValues), {&layer.q, &layer.k, &layer.v});
-    in_turn(phase_of(i, kOut), {&layer.o});
+    if (layer.attends()) {
+      in_turn(phase_of(i, kQueriesKeysValues), {&layer.q, &layer.k, &layer.v});
+      in_turn(phase_of(i, kOut), {&layer.o});
+    }
     if (layer.cross) {
       in_turn(phase_of(i, kCrossQueries), {&layer.cross->q});
       in_turn(phase_of(i, kCrossOut), {&layer.cross->o});
     }
-    if (layer.experts) continue;  // which ones is not known beforehand
+    if (!layer.up.present()) continue;  // of experts, which ones is not known beforehand
     const auto [from, to] = Pool::stretch(layer.up.weight.panels(), thread, threads);
     for (size_t panel = from, n; panel < to; panel += n) {
       n = Pool::own_share(to - panel, kFewestPairs, kMost);
@@ -65,7 +67,7 @@ void Session::plan_reads(size_t thread) {
   for (size_t i = 0; i < model_->layers.size(); ++i) {
     const Layer& layer = model_->layers[i];
     ahead.clear(phase_of(i, kAttend));
-    if (!splits_chunks(layer) || kept_[i].present) continue;
+    if (!layer.attends() || !splits_chunks(layer) || kept_[i].present) continue;
     const auto [first, last] = visible_chunks(layer);
     const auto [from, to] = Pool::stretch(layer.kv_heads * (last - first), thread, pool_.in_use());
     for (size_t item = from; item < to; ++item) {

@@ -166,7 +166,7 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, 
   };
   const bool leaves_attention_norm = layer.post_norm && count_ > 1 && !layer.cross && parts == kWhole;
 
-  if (parts & kAttendPart) {
+  if (parts & kAttendPart && layer.attends()) {
     const Norm* pending = index > first && leaves_norm(index - 1, last) ? &model_->layers[index - 1].feed_forward_norm : nullptr;
     const Inputs inputs = prepare(thread, hidden, count_, inputs_of({&layer.q, &layer.k, &layer.v}), Site::Attention,
                                   normed(layer.attention_norm, pending), grid_of({&layer.q, &layer.k, &layer.v}));
@@ -184,7 +184,7 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, 
     else
       attend_many(layer, index, thread);
   }
-  if (parts & kOutputPart) {
+  if (parts & kOutputPart && layer.attends()) {
     const Inputs inputs = prepare(thread, layer.o.cols(), count_, inputs_of({&layer.o}), Site::Output,
                                   [&](size_t token, float* buffer) -> const float* {
                                     if (!splits_chunks(layer)) return attention_.floats() + token * q_stride_;
@@ -198,6 +198,7 @@ void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, 
     if (layer.post_norm && !leaves_attention_norm) norm_rows(layer.attention_norm, thread);
     if (layer.cross) attend_across(*layer.cross, index, thread);
   }
+  if (!layer.feeds()) return;
   if (layer.experts) {
     if (parts & kFeedForwardPart) feed_experts(layer, k, thread);
     return;

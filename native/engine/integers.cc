@@ -97,7 +97,7 @@ void Session::attend_in_integers(const Layer& layer, size_t index, size_t thread
     const size_t token = item % count_, head = item / count_;
     const auto [slot, position] = place(token);
     float* key = k_.floats() + token * kv_stride_ + head * dim;
-    turn(layer, layer.k_norm, key, 1, token);
+    turn(layer, layer.k_norm, key, 1, token, head);
     kernels_.integer.store_key(a, key, position, keys(index, slot, head));
     kernels_.integer.store_value(a, v_.floats() + token * kv_stride_ + head * dim, position, values(index, slot, head));
   }
@@ -106,7 +106,7 @@ void Session::attend_in_integers(const Layer& layer, size_t index, size_t thread
     const size_t token = item % count_, head = item / count_;
     const auto [slot, position] = place(token);
     float* q = q_.floats() + token * q_stride_ + head * dim;
-    turn(layer, layer.q_norm, q, 1, token);
+    turn(layer, layer.q_norm, q, 1, token, head / group);
     int32_t begin, end;
     visible_range(layer, token, begin, end);
     kernels_.integer.attend(a, q, static_cast<size_t>(begin), static_cast<size_t>(end), keys(index, slot, head / group),

@@ -33,8 +33,8 @@ void Session::add_kept(const Layer& layer) {
     kept.keeps_sinks = layer.visible == Visible::Sinks;
     kept.sinks = kept.keeps_sinks ? layer.sinks : kept.grouped ? kFirst : 0;
     kept.window = layer.visible == Visible::Causal ? 0 : layer.window;
-    kept.far = {config_.kv, layer.head_dim};
-    kept.near = {kept.grouped ? KvType::Int8 : config_.kv, layer.head_dim};
+    kept.far = {config_.kv, layer.head_dim, layer.value_dim};
+    kept.near = {kept.grouped ? KvType::Int8 : config_.kv, layer.head_dim, layer.value_dim};
     const size_t step = kept.grouped ? kKvGroup : kLanes, all = rounded(config_.context, step);
     kept.room = ring ? std::min(rounded(kept.window + config_.batch - 1, kChunk), all) : all;
     const size_t first = rounded(kept.sinks, kLanes), newest = kept.grouped ? kKvGroup : 0;
@@ -113,7 +113,7 @@ void Session::store_kept(const Layer& layer, size_t index, size_t token, size_t 
                          bool to_rest) {
   const Kept& kept = kept_[index];
   const size_t position = static_cast<size_t>(positions_[token]);
-  const float* value = v_.floats() + token * kv_stride_ + head * layer.head_dim;
+  const float* value = v_.floats() + token * kv_stride_ + head * layer.value_dim;
   uint8_t* base = keys(index, static_cast<size_t>(slots_[token]), head);
   auto store = [&](const KvLayout& layout, uint8_t* to_keys, uint8_t* to_values, size_t place) {
     kernels_.attention.store_key(layout, key, place, to_keys);
@@ -138,7 +138,7 @@ void Session::store_fresh(const Layer& layer, size_t index, const Fresh& fresh, 
   for (size_t i = fresh.first; i < fresh.first + fresh.count; ++i) {
     const size_t token = static_cast<size_t>(ordered_[i]);
     float* key = k_.floats() + token * kv_stride_ + head * layer.head_dim;
-    turn(layer, layer.k_norm, key, 1, token);
+    turn(layer, layer.k_norm, key, 1, token, head);
     store_kept(layer, index, token, head, key, newest, true, true);
   }
 }
@@ -188,7 +188,7 @@ size_t Session::turned_for(const Kept& kept, const Part& part, size_t position) 
 // One token: its parts are split over the threads as well as its heads; merge_one puts them together.
 void Session::attend_kept_one(const Layer& layer, size_t index, size_t thread) {
   const Kept& kept = kept_[index];
-  const size_t group = layer.heads / layer.kv_heads, padded = kept.far.padded(), slot = static_cast<size_t>(slots_[0]);
+  const size_t group = layer.heads / layer.kv_heads, padded = kept.far.value_padded(), slot = static_cast<size_t>(slots_[0]);
   const int32_t position = positions_[0];
   const Parts parts = parts_of(kept, position, position);
   const size_t count = parts.count();
@@ -202,12 +202,12 @@ void Session::attend_kept_one(const Layer& layer, size_t index, size_t thread) {
     if (in_sinks || last) {  // the only items that read the new position
       float key[kMaxHeadDim];
       std::memcpy(key, k_.floats() + kv_head * layer.head_dim, layer.head_dim * sizeof(float));
-      turn(layer, layer.k_norm, key, 1, 0);
+      turn(layer, layer.k_norm, key, 1, 0, kv_head);
       store_kept(layer, index, 0, kv_head, key, base + kept.newest_keys, in_sinks, last);
     }
     std::memcpy(local, q_.floats() + head * layer.head_dim, group * layer.head_dim * sizeof(float));
     const size_t turned = turned_for(kept, part, static_cast<size_t>(position));
-    turn_to(layer, layer.q_norm, local, group, 0, turned);
+    turn_to(layer, layer.q_norm, local, group, 0, kv_head, turned);
     int32_t begins[kMaxQueries], stops[kMaxQueries], positions[kMaxQueries];
     const float* biases[kMaxQueries];
     range_in(kept, part, position, begins[0], stops[0]);
@@ -232,7 +232,7 @@ void Session::attend_kept_one(const Layer& layer, size_t index, size_t thread) {
 void Session::attend_kept_tokens(const Layer& layer, size_t index, size_t thread, size_t from, size_t until, size_t kv_head, size_t pass) {
   const Kept& kept = kept_[index];
   const QueryGroups g(layer.heads, layer.kv_heads);
-  const size_t dim = layer.head_dim, padded = kept.far.padded();
+  const size_t dim = layer.head_dim, value_dim = layer.value_dim, padded = kept.far.value_padded();
   const size_t head = kv_head * g.group + pass * g.heads_at_once, heads = std::min(g.heads_at_once, g.group - pass * g.heads_at_once);
   float* scratch = thread_attention_[thread].floats();
   float* sums = scratch + kAttentionScratch;           // (queries, padded)
@@ -255,7 +255,7 @@ void Session::attend_kept_tokens(const Layer& layer, size_t index, size_t thread
         const size_t token = t + i / heads, to = turned_for(kept, part, static_cast<size_t>(positions_[token]));
         if (number < 2) {  // turned once for the sinks and once for all others
           std::memcpy(turned + i * dim, q_.floats() + token * q_stride_ + head * dim, heads * dim * sizeof(float));
-          turn_to(layer, layer.q_norm, turned + i * dim, heads, token, to);
+          turn_to(layer, layer.q_norm, turned + i * dim, heads, token, kv_head, to);
         }
         biases_of(layer.bias.get(), head, heads, biases + i);
         range_in(kept, part, positions_[token], begins[i], stops[i]);
@@ -278,7 +278,7 @@ void Session::attend_kept_tokens(const Layer& layer, size_t index, size_t thread
       kernels_.attention.merge(queries, padded, sums, peak, weight, partial, part_peak, part_weight);
     }
     for (size_t i = 0; i < queries; ++i)
-      kernels_.attention.finish(sums + i * padded, weight[i], dim, attention_.floats() + (t + i / heads) * q_stride_ + (head + i % heads) * dim);
+      kernels_.attention.finish(sums + i * padded, weight[i], value_dim, attention_.floats() + (t + i / heads) * q_stride_ + (head + i % heads) * value_dim);
     t = next;
   }
 }

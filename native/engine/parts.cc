@@ -10,6 +10,8 @@ const Layer& Session::part_of(size_t layer, Site part) const {
   if (part != Site::Attention && part != Site::Output && part != Site::FeedForward && part != Site::Down)
     throw std::invalid_argument("the parts of a layer are attention, output, feed_forward and down");
   if (count_ < 2) throw std::invalid_argument("a layer is run in parts for passes of at least two tokens");
+  const bool there = part == Site::Attention || part == Site::Output ? model_->layers[layer].attends() : model_->layers[layer].feeds();
+  if (!there) throw std::invalid_argument("layer " + std::to_string(layer) + " has no such part");
   if (model_->layers[layer].cross) throw std::invalid_argument("a layer with cross-attention is not run in parts");
   return model_->layers[layer];
 }

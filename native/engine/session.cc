@@ -22,6 +22,7 @@ constexpr size_t kLogitsNbytes = 8 << 20;
 bool is_endless(const Model& model) {
   bool sinks = false;
   for (const Layer& layer : model.layers) {
+    if (!layer.attends()) continue;
     if (layer.visible != Visible::Sinks && layer.visible != Visible::Sliding) return false;
     sinks |= layer.visible == Visible::Sinks;
   }
@@ -86,10 +87,14 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
                               kernel_for(layer.gate), kernel_for(layer.up), kernel_for(layer.down)});
     // All positions are there before any query where each sees all: they are never packed.
     const bool at_once = config_.kv == KvType::Int4 && layer.visible == Visible::Full;
-    KvLayout layout{at_once ? KvType::Int8 : config_.kv, layer.head_dim};
+    KvLayout layout{at_once ? KvType::Int8 : config_.kv, layer.head_dim, layer.value_dim};
     kv_layout_.push_back(layout);
     const IntegerAttention* integers = layer.integer_attention();
-    if (integers != nullptr) {  // codes of eight bits, whatever the cache of other layers holds
+    if (!layer.attends()) {
+      kept_.emplace_back();
+      key_head_nbytes_.push_back(0);
+      value_head_nbytes_.push_back(0);
+    } else if (integers != nullptr) {  // codes of eight bits, whatever the cache of other layers holds
       kept_.emplace_back();
       key_head_nbytes_.push_back(aligned64(room / kLanes * integers->key_tile_nbytes()));
       value_head_nbytes_.push_back(aligned64(integers->values_nbytes(room)));
@@ -104,9 +109,10 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     const Kept& kept = kept_.back();
     kv_offset_.push_back(kv_nbytes);
     kv_nbytes += config_.slots * layer.kv_heads * (key_head_nbytes_.back() + value_head_nbytes_.back());
-    head_width = std::max(head_width, layout.padded());
-    q_width = std::max(q_width, layer.heads * layer.head_dim);
-    kv_width = std::max(kv_width, layer.kv_heads * layer.head_dim);
+    head_width = std::max({head_width, layout.padded(), layout.value_padded()});
+    const size_t widest = std::max(layer.head_dim, layer.value_dim);
+    q_width = std::max(q_width, layer.heads * widest);
+    kv_width = std::max(kv_width, layer.kv_heads * widest);
     ffn_width = std::max(ffn_width, layer.up.rows());
     normed_after |= layer.after_attention.kind != Norm::Kind::None || layer.after_feed_forward.kind != Norm::Kind::None;
     if (layer.experts) {
@@ -126,7 +132,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
       kv_width = std::max(kv_width, cross.kv_heads * cross.head_dim);
     }
     const size_t chunks = kept.present ? kept_parts(layer) : (config_.context + kChunk - 1) / kChunk;
-    partial = std::max(partial, layer.heads * chunks * (layout.padded() + 2));
+    partial = std::max(partial, layer.heads * chunks * (layout.value_padded() + 2));
   }
   if (m.head.present()) head_kernel_ = kernel_for(m.head);
   kv_ = Pages(kv_nbytes);

@@ -80,11 +80,11 @@ size_t KvLayout::key_tile_nbytes() const {
 
 size_t KvLayout::value_nbytes() const {
   switch (type) {
-    case KvType::Float32: return padded() * 4;
+    case KvType::Float32: return value_padded() * 4;
     case KvType::Float16:
-    case KvType::BFloat16: return padded() * 2;
-    case KvType::Int8: return padded() + padded() / kBlock * 4;
-    default: return padded() / 2 + 4;
+    case KvType::BFloat16: return value_padded() * 2;
+    case KvType::Int8: return value_padded() + value_padded() / kBlock * 4;
+    default: return value_padded() / 2 + 4;
   }
 }
 

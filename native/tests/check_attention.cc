@@ -10,19 +10,20 @@ void check_attention(Tier tier, const AttentionKernels& found, const AttentionKe
   for (const auto& [name, type] : types) {
     Case test(tier, name);
     Random random{9};
-    for (size_t dim : {size_t{16}, size_t{33}, size_t{64}, size_t{80}}) {
+    struct { size_t dim, value_dim; } const sizes[] = {{16, 16}, {33, 33}, {64, 64}, {80, 80}, {48, 64}, {64, 24}, {20, 72}};
+    for (const auto& [dim, value_dim] : sizes) {
       KvLayout layout;
       layout.type = type;
-      layout.head_dim = dim;
+      layout.head_dim = dim, layout.value_dim = value_dim;
       const bool grouped = type == KvType::Int4;
-      const size_t positions = grouped ? 5 * kKvGroup : 300, padded = layout.padded();
+      const size_t positions = grouped ? 5 * kKvGroup : 300, padded = layout.padded(), value_padded = layout.value_padded();
       KvLayout stored = layout;  // groups are packed from eight bits
       if (grouped) stored.type = KvType::Int8;
       Buffer keys((positions + kLanes - 1) / kLanes * stored.key_tile_nbytes()), key_copy(keys.size);
       Buffer values(positions * stored.value_nbytes()), value_copy(values.size);
       for (size_t p = 0; p < positions; ++p) {
-        std::vector<float> row = filled<float>(dim, [&] { return random.value(); });
-        if (p == 9) row.assign(dim, 0.0f);
+        std::vector<float> row = filled<float>(std::max(dim, value_dim), [&] { return random.value(); });
+        if (p == 9) row.assign(row.size(), 0.0f);
         if (p / kKvGroup == 2) row[1] = 3.0f;  // one value in a whole group of keys
         reference.store_key(stored, row.data(), p, keys.data);
         found.store_key(stored, row.data(), p, key_copy.data);
@@ -72,20 +73,20 @@ void check_attention(Tier tier, const AttentionKernels& found, const AttentionKe
           Buffer out, peak, weight, scratch;
           State(size_t n, size_t padded) : out(4 * n * padded, 0), peak(4 * n, 0), weight(4 * n, 0), scratch(4 * kAttentionScratch, 0) {}
         };
-        State first(queries, padded), second(queries, padded), plain_first(queries, padded), plain_second(queries, padded);
+        State first(queries, value_padded), second(queries, value_padded), plain_first(queries, value_padded), plain_second(queries, value_padded);
         auto run = [&](const AttentionKernels& kernels, State& a, State& b) {
           kernels.chunk(task, 0, a.out.floats(), a.peak.floats(), a.weight.floats(), a.scratch.floats());
           kernels.chunk(task, 1, b.out.floats(), b.peak.floats(), b.weight.floats(), b.scratch.floats());
-          kernels.merge(queries, padded, a.out.floats(), a.peak.floats(), a.weight.floats(), b.out.floats(), b.peak.floats(), b.weight.floats());
+          kernels.merge(queries, value_padded, a.out.floats(), a.peak.floats(), a.weight.floats(), b.out.floats(), b.peak.floats(), b.weight.floats());
           for (size_t i = 0; i < queries; ++i)
-            kernels.finish(a.out.floats() + i * padded, a.weight.floats()[i], dim, b.out.floats() + i * padded);
+            kernels.finish(a.out.floats() + i * value_padded, a.weight.floats()[i], value_dim, b.out.floats() + i * value_padded);
         };
         run(found, first, second);
         run(reference, plain_first, plain_second);
-        test.floats(first.out.floats(), plain_first.out.floats(), queries * padded, "merged sums");
+        test.floats(first.out.floats(), plain_first.out.floats(), queries * value_padded, "merged sums");
         test.floats(first.peak.floats(), plain_first.peak.floats(), queries, "peaks");
         test.floats(first.weight.floats(), plain_first.weight.floats(), queries, "weights");
-        test.floats(second.out.floats(), plain_second.out.floats(), queries * padded, "outputs");
+        test.floats(second.out.floats(), plain_second.out.floats(), queries * value_padded, "outputs");
       }
     }
   }

@@ -49,8 +49,9 @@ inline constexpr size_t kKvGroup = 64;  // positions; a divisor of kChunk
 
 struct KvLayout {
   KvType type = KvType::Float16;
-  size_t head_dim = 0;
+  size_t head_dim = 0, value_dim = 0;  // of a key, and of a value
   EDGEWISE_INLINE size_t padded() const { return (head_dim + kBlock - 1) / kBlock * kBlock; }
+  EDGEWISE_INLINE size_t value_padded() const { return (value_dim + kBlock - 1) / kBlock * kBlock; }
   size_t key_tile_nbytes() const;   // 16 positions; of four bits, their part of a group
   size_t value_nbytes() const;      // one position; likewise
   PackedFormat key_format() const;  // quantised keys are packed matrices whose rows are positions
@@ -99,12 +100,12 @@ struct RowKernels {
 };
 
 struct AttentionKernels {
-  // Write one position's key and value (head_dim floats each), in any format but four bits.
+  // Write one position's key and value (head_dim and value_dim floats), in any format but four bits.
   void (*store_key)(const KvLayout& layout, const float* key, size_t position, uint8_t* keys);
   void (*store_value)(const KvLayout& layout, const float* value, size_t position, uint8_t* values);
   // A group in four bits, from where its keys and values lie in eight.
   void (*pack_group)(const KvLayout& eight, const uint8_t* keys, const uint8_t* values, uint8_t* packed_keys, uint8_t* packed_values);
-  // One chunk: out (queries, padded head_dim) unnormalised, peak and weight (queries). scratch: kAttentionScratch floats.
+  // One chunk: out (queries, padded value_dim) unnormalised, peak and weight (queries). scratch: kAttentionScratch floats.
   void (*chunk)(const AttentionTask& task, size_t chunk, float* out, float* peak, float* weight, float* scratch);
   // Merge later partials of up to kMaxQueries queries, rows of n values, into earlier ones; finish divides by the weight.
   void (*merge)(size_t queries, size_t n, float* out, float* peak, float* weight, const float* later, const float* later_peak,

@@ -98,12 +98,13 @@ struct Rounding {
 // Sinks: the first few positions and the last `window`, at the distances they have in a cache of just these.
 enum class Visible { Causal, Sliding, Full, Sinks };
 
+// Either part may be absent, with its linears and norms; heads and kv_heads are then 0.
 struct Layer {
   Linear q, k, v, o, gate, up, down;  // gate may be absent; with experts, all three are
   Norm attention_norm, feed_forward_norm;
   Norm q_norm, k_norm;                       // (head_dim), of each head, or absent
   Norm after_attention, after_feed_forward;  // of what a part gives, before it is added, or absent
-  size_t heads = 0, kv_heads = 0, head_dim = 0;
+  size_t heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;  // head_dim of queries and keys
   float scale = 1;
   int rope = -1;  // index into Model::ropes
   Visible visible = Visible::Causal;
@@ -114,6 +115,9 @@ struct Layer {
   std::shared_ptr<const RelativeBias> bias;  // one may serve many layers
   std::shared_ptr<const Cross> cross;
   std::shared_ptr<const Rounding> rounding = nullptr;
+  std::vector<uint16_t> turns = {};  // (kv_heads, head_dim / 2): which frequency turns a pair of a key head; empty: in order
+  bool attends() const { return q.present(); }
+  bool feeds() const { return up.present() || experts; }
   const IntegerAttention* integer_attention() const { return rounding && rounding->attention ? &*rounding->attention : nullptr; }
 };
 

@@ -271,8 +271,8 @@ class Session {
   void gated(const Layer& layer, const float* gate, float* up, size_t n) const;
   void norm_rows(const Norm& norm, size_t thread);
   void head(const int32_t* rows, size_t n, float* out, size_t stride, size_t thread);
-  void turn(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token) const;
-  void turn_to(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token, size_t position) const;
+  void turn(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token, size_t kv_head) const;
+  void turn_to(const Layer& layer, const Norm& norm, float* heads, size_t count, size_t token, size_t kv_head, size_t position) const;
   void add_normed(const Norm& norm);
   uint8_t* keys(size_t layer, size_t slot, size_t head) const;
   uint8_t* values(size_t layer, size_t slot, size_t head) const;

@@ -119,7 +119,7 @@ inline Floats load_value(const uint8_t* value, size_t d, size_t padded, KvType t
 
 template <int Queries, int Parts, KvType Type>
 inline void weigh_parts(const AttentionTask& task, size_t from, size_t to, size_t d, const float* weights, float* out) {
-  const size_t padded = task.layout->padded(), value_nbytes = task.layout->value_nbytes();
+  const size_t padded = task.layout->value_padded(), value_nbytes = task.layout->value_nbytes();
   const uint8_t* value = task.values + from * value_nbytes;
   Floats sum[Parts * Queries];
   for (int i = 0; i < Parts * Queries; ++i) sum[i] = zero();
@@ -140,9 +140,9 @@ void weigh_values(const AttentionTask& task, size_t from, size_t to, size_t chun
   constexpr int wanted = chains_per_query(Queries), together = wanted >= 4 ? 4 : wanted >= 2 ? 2 : 1;
   const float* weights = scores + (from - chunk_start);
   size_t d = 0;
-  for (; d + together * kLanes <= task.layout->padded(); d += together * kLanes)
+  for (; d + together * kLanes <= task.layout->value_padded(); d += together * kLanes)
     weigh_parts<Queries, together, Type>(task, from, to, d, weights, out);
-  for (; d < task.layout->padded(); d += kLanes) weigh_parts<Queries, 1, Type>(task, from, to, d, weights, out);
+  for (; d < task.layout->value_padded(); d += kLanes) weigh_parts<Queries, 1, Type>(task, from, to, d, weights, out);
 }
 
 #include "kernels/attention/softmax.inl.h"

@@ -79,7 +79,7 @@ template <int Queries, int Parts>
 inline void weigh_pair_parts(const AttentionTask& task, size_t from, size_t to, size_t d, const uint16_t* weights, bool fetch, float* out) {
   alignas(64) static constexpr uint16_t kFirst[2 * kLanes] = {0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff,
       0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff, 0, 0xffff, 0};
-  const size_t padded = task.layout->padded(), row_nbytes = padded * 4;
+  const size_t padded = task.layout->value_padded(), row_nbytes = padded * 4;
   const uint8_t* row = task.values + from / 2 * row_nbytes + d * 4;
   Floats sum[Parts * Queries];
   for (int i = 0; i < Parts * Queries; ++i) sum[i] = zero();
@@ -101,7 +101,7 @@ inline void weigh_pair_parts(const AttentionTask& task, size_t from, size_t to, 
 // from: even.
 template <int Queries>
 void weigh_pairs(const AttentionTask& task, size_t from, size_t to, size_t chunk_start, const uint16_t* weights, float* out) {
-  const size_t padded = task.layout->padded();
+  const size_t padded = task.layout->value_padded();
   in_turns<Queries>([&](auto count, int turn) {
     constexpr int some = decltype(count)::value, wanted = chains_per_query(some), together = wanted >= 4 ? 4 : wanted >= 2 ? 2 : 1;
     const uint16_t* first = weights + static_cast<size_t>(turn) * kChunk + (from - chunk_start);

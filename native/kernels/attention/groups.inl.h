@@ -67,7 +67,7 @@ void group_scores(const AttentionTask& task, const Seen& seen, float* scores, fl
 // Blocks of 32 dimensions from the block on, over all tiles that are seen: what a query does not see weighs zero.
 template <int Queries, int Blocks>
 inline void weigh_codes(const AttentionTask& task, const Seen& seen, size_t block, const float* weights, const float* offset, float* out) {
-  const size_t padded = task.layout->padded(), blocks = padded / kBlock, group_nbytes = value_group_nbytes(*task.layout);
+  const size_t padded = task.layout->value_padded(), blocks = padded / kBlock, group_nbytes = value_group_nbytes(*task.layout);
   constexpr size_t kQuad = 4;
   Floats sum[2 * Blocks * Queries];
   for (int i = 0; i < 2 * Blocks * Queries; ++i) sum[i] = zero();
@@ -93,7 +93,7 @@ inline void weigh_codes(const AttentionTask& task, const Seen& seen, size_t bloc
 
 template <int Queries>
 void weigh_groups(const AttentionTask& task, const Seen& seen, float* weights, float* out) {
-  const size_t blocks = task.layout->padded() / kBlock, group_nbytes = value_group_nbytes(*task.layout);
+  const size_t blocks = task.layout->value_padded() / kBlock, group_nbytes = value_group_nbytes(*task.layout);
   float offset[Queries];
   for (size_t i = 0; i < Queries; ++i) {
     Floats sum = zero();
@@ -154,7 +154,7 @@ struct Grid {
 };
 
 void pack_group(const KvLayout& eight, const uint8_t* keys, const uint8_t* values, uint8_t* packed_keys, uint8_t* packed_values) {
-  const size_t padded = eight.padded(), tile_nbytes = eight.key_tile_nbytes(), record_nbytes = 4 * kLanes + kLanes * kBlock;
+  const size_t padded = eight.padded(), value_padded = eight.value_padded(), tile_nbytes = eight.key_tile_nbytes(), record_nbytes = 4 * kLanes + kLanes * kBlock;
   uint16_t* key_scale = reinterpret_cast<uint16_t*>(packed_keys);
   uint8_t* key_codes = packed_keys + 4 * padded;
   float x[kKvGroup * kBlock];  // (positions, 32 dimensions)
@@ -183,16 +183,16 @@ void pack_group(const KvLayout& eight, const uint8_t* keys, const uint8_t* value
   float row[kMaxHeadDim];
   for (size_t p = 0; p < kKvGroup; ++p) {
     const uint8_t* value = values + p * eight.value_nbytes();
-    const float* scales = reinterpret_cast<const float*>(value + padded);
-    for (size_t d = 0; d < padded; ++d) row[d] = static_cast<float>(static_cast<int8_t>(value[d])) * scales[d / kBlock];
-    const Grid grid(row, eight.head_dim, 1);
+    const float* scales = reinterpret_cast<const float*>(value + value_padded);
+    for (size_t d = 0; d < value_padded; ++d) row[d] = static_cast<float>(static_cast<int8_t>(value[d])) * scales[d / kBlock];
+    const Grid grid(row, eight.value_dim, 1);
     value_scale[p] = grid.scale;
     value_scale[kKvGroup + p] = grid.minimum;
-    for (size_t d = 0; d < padded; d += kBlock)
+    for (size_t d = 0; d < value_padded; d += kBlock)
       for (size_t i = 0; i < kLanes; ++i) {
-        const size_t at = (p / 4 * (padded / kBlock) + d / kBlock) * 64 + 4 * i + p % 4;
-        const uint8_t low = d + i < eight.head_dim ? grid.code(row[d + i]) : 0;
-        const uint8_t high = d + i + kLanes < eight.head_dim ? grid.code(row[d + i + kLanes]) : 0;
+        const size_t at = (p / 4 * (value_padded / kBlock) + d / kBlock) * 64 + 4 * i + p % 4;
+        const uint8_t low = d + i < eight.value_dim ? grid.code(row[d + i]) : 0;
+        const uint8_t high = d + i + kLanes < eight.value_dim ? grid.code(row[d + i + kLanes]) : 0;
         value_codes[at] = static_cast<uint8_t>(low | (high << 4));
       }
   }

@@ -47,7 +47,7 @@ void store_key(const KvLayout& layout, const float* key, size_t position, uint8_
 
 void store_value(const KvLayout& layout, const float* value, size_t position, uint8_t* values) {
   uint8_t* p = values + position * layout.value_nbytes();
-  const size_t dim = layout.head_dim, padded = layout.padded();
+  const size_t dim = layout.value_dim, padded = layout.value_padded();
   if (layout.type == KvType::Float32 || layout.type == KvType::Float16) {
     for (size_t d = 0; d < padded; d += kLanes) {
       const Floats v = d < dim ? load_tail(value + d, dim - d) : zero();

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import InvalidValueError, UnsupportedError
+from edgewise.core.shapes import shapes_of
 from edgewise.core.stats import InputStats
 from edgewise.core.storage import Stored
 from edgewise.formats.cache import write_aside
@@ -165,6 +166,11 @@ def _producer(checkpoint: Checkpoint, name: str, site: str, names: Sequence[str]
         up = rests.get("mlp.up_proj.weight")
         return (up, np.arange(inputs)) if up and "mlp.gate_proj.weight" in rests else (None, None)
     value, config = rests.get("self_attn.v_proj.weight"), checkpoint.config
+    shapes = shapes_of(config, checkpoint.source)
+    if shapes is not None and value is not None:
+        shape = shapes[int(name.rpartition(".")[2])]
+        head, place = np.divmod(np.arange(inputs), max(shape.value_dim, 1))
+        return value, head // max(shape.heads // max(shape.kv_heads, 1), 1) * shape.value_dim + place
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if value is None or type(heads) is not int or inputs % heads:
         return None, None

@@ -11,7 +11,7 @@ from edgewise.core.activation import StaticActivation
 from edgewise.core.errors import UnsupportedError
 from edgewise.core.storage import Stored
 from edgewise.engine.packing import PackedWeights
-from edgewise.engine.plan import Experts, FeedForward, Layer, Linear, Norm, Plan
+from edgewise.engine.plan import Attention, Experts, FeedForward, Layer, Linear, Norm, Plan
 from edgewise.native import _core  # type: ignore[attr-defined]
 
 __all__ = ["build_model", "linears_of"]
@@ -24,7 +24,8 @@ def linears_of(plan: Plan) -> Iterator[Linear]:
         yield from linears_of(plan.encoder)
     for layer in plan.layers:
         attention = layer.attention
-        yield from (attention.q, attention.k, attention.v, attention.o)
+        if attention is not None:
+            yield from (attention.q, attention.k, attention.v, attention.o)
         if layer.cross is not None:
             yield from (layer.cross.q, layer.cross.k, layer.cross.v, layer.cross.o)
         if isinstance(layer.feed_forward, Experts):
@@ -71,7 +72,7 @@ def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any
     ropes: dict[int, int] = {}
     biases: dict[int, Any] = {}
     for layer in plan.layers:
-        bias = layer.attention.bias
+        bias = None if layer.attention is None else layer.attention.bias
         if bias is not None and id(bias) not in biases:
             biases[id(bias)] = _core.RelativeBias(bias.by_distance(bias.most))
         _add_layer(model, layer, linear, ropes, None if bias is None else biases[id(bias)])
@@ -81,19 +82,16 @@ def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any
 def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int], bias: Any) -> None:
     attention, feed_forward, cross = layer.attention, layer.feed_forward, layer.cross
     rope = -1
-    if attention.rope is not None:
+    if attention is not None and attention.rope is not None:
         if id(attention.rope) not in ropes:
             ropes[id(attention.rope)] = model.add_rope(
                 _floats(attention.rope.inverse_frequency), attention.rope.attention_factor)
         rope = ropes[id(attention.rope)]
     model.add_layer(
-        q=linear(attention.q), k=linear(attention.k), v=linear(attention.v), o=linear(attention.o),
-        **_feed_forward(feed_forward, linear), attention_norm=_norm(layer.attention_norm),
-        feed_forward_norm=_norm(layer.feed_forward_norm), heads=attention.heads, kv_heads=attention.kv_heads,
-        head_dim=attention.head_dim, scale=attention.scale, rope=rope, visible=attention.policy.kind,
-        window=attention.policy.window, sinks=attention.policy.sinks, function=layer.feed_forwards[0].function,
-        post_norm=layer.order == "post",
-        q_norm=_norm_or_none(attention.q_norm), k_norm=_norm_or_none(attention.k_norm),
+        **_attention(attention, linear), rope=rope,
+        **_feed_forward(feed_forward, linear), attention_norm=_norm_or_none(layer.attention_norm),
+        feed_forward_norm=_norm_or_none(layer.feed_forward_norm),
+        function=layer.feed_forwards[0].function if layer.feed_forwards else "silu", post_norm=layer.order == "post",
         after_attention=_norm_or_none(layer.after_attention),
         after_feed_forward=_norm_or_none(layer.after_feed_forward), bias=bias,
         cross=None if cross is None else _core.Cross(
@@ -105,14 +103,28 @@ def _add_layer(model: Any, layer: Layer, linear: Any, ropes: dict[int, int], bia
         try:
             model.round_layer(**{name: _grid(getattr(layer.rounding, name)) for name in names})
         except ValueError as error:
-            raise UnsupportedError(f"{attention.q.name.partition('.self_attn.')[0]}: {error}") from error
+            where = "" if attention is None else attention.q.name.partition(".self_attn.")[0]
+            raise UnsupportedError(f"{where}: {error}") from error
 
 
 def _grid(grid: StaticActivation | None) -> Any:
     return None if grid is None else _core.Grid(grid.scale, grid.zero, grid.bits)
 
 
-def _feed_forward(part: FeedForward | Experts, linear: Any) -> dict[str, Any]:
+def _attention(part: Attention | None, linear: Any) -> dict[str, Any]:
+    if part is None:
+        return {"q": None, "k": None, "v": None, "o": None, "heads": 0, "kv_heads": 0, "head_dim": 0, "scale": 1.0,
+                "visible": "causal", "window": 0}
+    return {"q": linear(part.q), "k": linear(part.k), "v": linear(part.v), "o": linear(part.o), "heads": part.heads,
+            "kv_heads": part.kv_heads, "head_dim": part.head_dim, "scale": part.scale, "visible": part.policy.kind,
+            "window": part.policy.window, "sinks": part.policy.sinks, "q_norm": _norm_or_none(part.q_norm),
+            "k_norm": _norm_or_none(part.k_norm), "value_dim": part.value_width,
+            "turns": None if part.turns is None else np.ascontiguousarray(part.turns, np.uint16)}
+
+
+def _feed_forward(part: FeedForward | Experts | None, linear: Any) -> dict[str, Any]:
+    if part is None:
+        return {"gate": None, "up": None, "down": None}
     if isinstance(part, FeedForward):
         return {"gate": None if part.gate is None else linear(part.gate), "up": linear(part.up),
                 "down": linear(part.down)}

@@ -21,7 +21,7 @@ from edgewise.engine.archs import plan_of
 from edgewise.engine.build import build_model, linears_of
 from edgewise.engine.model import native_errors
 from edgewise.engine.packing import PackedWeights, pack_one, recipe_of
-from edgewise.engine.plan import Layer, Linear, Plan, for_context, layer_with
+from edgewise.engine.plan import FeedForward, Layer, Linear, Plan, for_context, layer_with
 from edgewise.formats.stats_folder import StatsFolder
 from edgewise.measure.cores import usable_cores
 from edgewise.native import _core  # type: ignore[attr-defined]
@@ -167,13 +167,14 @@ class EngineStats:
         parts = _PARTS[before:after]
         width = 0
         if after in (1, 3):
-            width = layer.attention.o.weight.shape[1] if after == 1 else _down_width(layer)
+            width = _output_width(layer) if after == 1 else _down_width(layer)
         made = self._array(width) if width else None
         for first, last in self._each_pass(session):
             if self._between is not None:
                 session.set_inputs(0, _PARTS[before], np.ascontiguousarray(self._between[first:last]))
             for name in parts:
-                session.run_part(0, name)
+                if (layer.attention if name in _PARTS[:2] else layer.feed_forward) is not None:
+                    session.run_part(0, name)
             if made is not None:
                 made[first:last] = np.asarray(session.inputs(0, _PARTS[after]))
             if len(parts) > 1 or before in (1, 3):  # the states change in output and down
@@ -287,10 +288,13 @@ class _Patched(Mapping[str, Stored]):
         return len(self._source)
 
 
+def _output_width(layer: Layer) -> int:
+    return 0 if layer.attention is None else layer.attention.o.weight.shape[1]
+
+
 def _down_width(layer: Layer) -> int:
-    """Zero where experts run instead: what they read is not captured."""
-    feed_forward = layer.feed_forwards[0]
-    return 0 if layer.feed_forward is not feed_forward else feed_forward.down.weight.shape[1]
+    """Zero where experts run instead, whose inputs are not captured, or nothing does."""
+    return layer.feed_forward.down.weight.shape[1] if isinstance(layer.feed_forward, FeedForward) else 0
 
 
 def _passes_of(sequences: Sequence[NDArray[np.int32]], most: int) -> list[list[int]]:

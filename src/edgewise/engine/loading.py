@@ -227,10 +227,12 @@ def session_of(plan: Plan, *, kv: str = "fp32", context: int | None = None, batc
 def sites_of(layer: Layer) -> dict[str, tuple[str, ...]]:
     """The linears of a layer by what they read, under the names of the session's capture."""
     attention, ffn = layer.attention, layer.feed_forward
-    sites = {"attention": (attention.q, attention.k, attention.v), "output": (attention.o,)}
+    sites: dict[str, tuple[Linear, ...]] = {}
+    if attention is not None:
+        sites = {"attention": (attention.q, attention.k, attention.v), "output": (attention.o,)}
     if isinstance(ffn, Experts):  # an expert sees some of the tokens only: what it sees is not captured
         sites["feed_forward"] = (ffn.router,) if ffn.shared_gate is None else (ffn.router, ffn.shared_gate)
-    else:
+    elif ffn is not None:
         sites["feed_forward"] = (ffn.up,) if ffn.gate is None else (ffn.gate, ffn.up)
         sites["down"] = (ffn.down,)
     # Linears that lie in one weight share its name.

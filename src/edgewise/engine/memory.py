@@ -34,9 +34,9 @@ def _key_tile_bytes(kv: str, head_dim: int) -> int:
     return padded // 32 * (64 + 512) if kv == "int8" else 8 * padded + 4 * padded // (_GROUP // 16)
 
 
-def _value_bytes(kv: str, head_dim: int) -> int:
+def _value_bytes(kv: str, value_dim: int) -> int:
     """One position of one head."""
-    padded = _up(head_dim, 32)
+    padded = _up(value_dim, 32)
     if kv == "fp32":
         return padded * 4
     if kv in ("fp16", "bf16"):
@@ -58,10 +58,10 @@ class _Kept:
     newest: int
     parts: int
 
-    def bytes(self, head_dim: int) -> int:
+    def bytes(self, head_dim: int, value_dim: int) -> int:
         held = [(self.near, self.sinks), (self.far, self.room), (self.near, self.newest)]
         return sum(_up(positions // 16 * _key_tile_bytes(kv, head_dim), 64)
-                   + _up(positions * _value_bytes(kv, head_dim), 64) for kv, positions in held)
+                   + _up(positions * _value_bytes(kv, value_dim), 64) for kv, positions in held)
 
 
 def _kept(attention: Attention | CrossAttention, kv: str, context: int, batch: int, endless: bool) -> _Kept:
@@ -91,7 +91,7 @@ def kv_bytes(plan: Plan, kv: str, context: int, slots: int = 1, batch: int = 256
 
     def head_bytes(attention: Attention | CrossAttention) -> int:
         if id(attention) not in whole:
-            return _kept(attention, kv, context, batch, constant).bytes(attention.head_dim)
+            return _kept(attention, kv, context, batch, constant).bytes(attention.head_dim, _value_width(attention))
         room, padded = _up(context, 16), _up(attention.head_dim, 32)  # codes, and the sum of each key's
         return _up(room // 16 * (64 + 16 * padded), 64) + _up(room * padded, 64)
 
@@ -100,16 +100,21 @@ def kv_bytes(plan: Plan, kv: str, context: int, slots: int = 1, batch: int = 256
 
 def _attentions(plan: Plan) -> list[Attention | CrossAttention]:
     """Of every layer, those across included."""
-    found: list[Attention | CrossAttention] = [layer.attention for layer in plan.layers]
+    found: list[Attention | CrossAttention] = list(plan.attentions)
     return found + [layer.cross for layer in plan.layers if layer.cross is not None]
+
+
+def _value_width(attention: Attention | CrossAttention) -> int:
+    return attention.value_width if isinstance(attention, Attention) else attention.head_dim
 
 
 def _fresh_bytes(plan: Plan, batch: int, slots: int) -> int:
     """Groups of a pass that are packed within it, in eight bits."""
     def newest(attention: Attention) -> int:
-        return attention.kv_heads * _Kept("int8", "int8", 0, 0, _GROUP, 0).bytes(attention.head_dim)
+        return attention.kv_heads * _Kept("int8", "int8", 0, 0, _GROUP, 0).bytes(
+            attention.head_dim, attention.value_width)
 
-    attentions = [layer.attention for layer in plan.layers if layer.attention.policy.kind != "full"]
+    attentions = [attention for attention in plan.attentions if attention.policy.kind != "full"]
     return (batch // _GROUP + min(slots, max(batch // 2, 1))) * max(map(newest, attentions), default=0)
 
 
@@ -127,24 +132,26 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str
     attentions = _attentions(plan)
     kinds = {linear.activation for linear in linears_of(replace(plan, encoder=None))}
     bfloats, codes = "bfloat16" in kinds, "static" in kinds
-    q_width = max(attention.heads * attention.head_dim for attention in attentions)
-    kv_width = max(attention.kv_heads * attention.head_dim for attention in attentions)
-    ffn_width = max(part.up.weight.shape[0] for layer in plan.layers for part in layer.feed_forwards)
-    cols = max(plan.hidden, q_width, ffn_width, 0 if plan.encoder is None else plan.encoder.hidden)
+    widest = {id(attention): max(attention.head_dim, _value_width(attention)) for attention in attentions}
+    q_width = max((attention.heads * widest[id(attention)] for attention in attentions), default=0)
+    kv_width = max((attention.kv_heads * widest[id(attention)] for attention in attentions), default=0)
+    ffn_width = max((part.up.weight.shape[0] for layer in plan.layers for part in layer.feed_forwards), default=0)
+    read = max((attention.heads * _value_width(attention) for attention in attentions), default=0)
+    cols = max(plan.hidden, read, ffn_width, 0 if plan.encoder is None else plan.encoder.hidden)
     routed = [layer.feed_forward for layer in plan.layers if isinstance(layer.feed_forward, Experts)]
     per_token = max((part.top_k + (part.shared is not None) for part in routed), default=0)
     rows = sum(_up(width, 16) for width in (plan.hidden, q_width, kv_width, kv_width, q_width))
     if routed or any(layer.after_attention or layer.after_feed_forward for layer in plan.layers):
         rows += _up(plan.hidden, 16)
-    partial = max(layer.attention.heads * _kept(layer.attention, kv, context, batch, endless(plan)).parts
-                  * (_up(layer.attention.head_dim, 32) + 2) for layer in plan.layers)
+    partial = max((attention.heads * _kept(attention, kv, context, batch, endless(plan)).parts
+                   * (_up(attention.value_width, 32) + 2) for attention in plan.attentions), default=0)
     shared = _inputs_bytes(max(batch, 16), cols, 16, bfloats, codes)
     own = _inputs_bytes(1, cols, 1, bfloats, codes) + _up(cols, 16) * 4
-    width = max(_up(attention.head_dim, 32) for attention in attentions)
+    width = max((_up(dims, 32) for dims in widest.values()), default=0)
     queries = _MAX_QUERIES * max(3 * _MAX_HEAD_DIM, (2 * _GROUPS_AT_ONCE + 1) * width)
-    attention = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + queries) * 4
+    softmax = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + queries) * 4
     wide = _up(batch, 16) * max(per_token, 1) * _up(ffn_width, 32)
-    total = (batch * rows + wide) * 4 + partial * 4 + shared + threads * (own + attention)
+    total = (batch * rows + wide) * 4 + partial * 4 + shared + threads * (own + softmax)
     if any(layer.rounding is not None and layer.rounding.attends for layer in plan.layers):
         total += threads * (_up(context, 16) + 16) * 7  # scores, and probabilities in three pieces
     if plan.encoder is not None:
@@ -159,12 +166,12 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str
     if plan.head is not None:
         stride = _up(plan.vocab, 16) * 4
         total += min(max(_LOGITS_BYTES // stride, 1), 16) * stride
-    ropes = {id(layer.attention.rope): layer.attention.rope for layer in plan.layers if layer.attention.rope}
+    ropes = {id(attention.rope): attention.rope for attention in plan.attentions if attention.rope}
     if kv == "int4":
         total += _fresh_bytes(plan, batch, slots)
     turns = context  # positions that are turned by tables; later ones by tables of the pass
     if endless(plan):
-        policies = [layer.attention.policy for layer in plan.layers]
+        policies = [attention.policy for attention in plan.attentions]
         reach = max(policy.sinks + policy.window for policy in policies)
         turns = reach + batch if reach < context else context
     return total + sum(2 * len(rope.inverse_frequency) * turns * 4 for rope in ropes.values())

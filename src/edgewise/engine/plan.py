@@ -147,9 +147,12 @@ class RelativeBias:
 class Attention:
     """Grouped-query attention.
 
-    q: (heads * head_dim, hidden); k, v: (kv_heads * head_dim, hidden); o: (hidden, heads * head_dim).
+    q: (heads * head_dim, hidden); k: (kv_heads * head_dim, hidden); v: (kv_heads * value_dim, hidden); o: (hidden,
+    heads * value_dim). value_dim 0: as head_dim.
     q_norm, k_norm: (head_dim,), of each head by itself, before the rotary embedding.
     bias: added to the scaled scores; layers that share one have the same object.
+    turns: (kv_heads, head_dim / 2), which of the rotary frequencies turns each pair of a key head and of its query
+    heads; None: the frequencies in their order.
     """
 
     q: Linear
@@ -165,6 +168,13 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     bias: RelativeBias | None = None
+    value_dim: int = 0
+    turns: NDArray[np.uint16] | None = None
+
+    @property
+    def value_width(self) -> int:
+        """Dimensions of a value."""
+        return self.value_dim or self.head_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,12 +251,13 @@ class Layer:
 
     after_attention, after_feed_forward: norms of what a part gives, before it is added (Gemma): h += norm(attn(...)).
     cross: between the two parts, in the decoder of an encoder-decoder.
+    A decoder's layer may lack one of its parts, with the norm before it.
     """
 
-    attention: Attention
-    feed_forward: FeedForward | Experts
-    attention_norm: Norm
-    feed_forward_norm: Norm
+    attention: Attention | None
+    feed_forward: FeedForward | Experts | None
+    attention_norm: Norm | None
+    feed_forward_norm: Norm | None
     order: Literal["pre", "post"] = "pre"
     after_attention: Norm | None = None
     after_feed_forward: Norm | None = None
@@ -256,6 +267,8 @@ class Layer:
     @property
     def feed_forwards(self) -> tuple[FeedForward, ...]:
         """The feed-forward, or every expert by index, the shared one last."""
+        if self.feed_forward is None:
+            return ()
         if isinstance(self.feed_forward, FeedForward):
             return (self.feed_forward,)
         shared = self.feed_forward.shared
@@ -291,6 +304,11 @@ class Plan:
     encoder: Plan | None = None
     start: int | None = None
 
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Of the layers that have one."""
+        return tuple(layer.attention for layer in self.layers if layer.attention is not None)
+
 
 def layer_with(layer: Layer, change: Callable[[Linear], Linear]) -> Layer:
     """The layer with every linear changed."""
@@ -300,19 +318,19 @@ def layer_with(layer: Layer, change: Callable[[Linear], Linear]) -> Layer:
 
     attention, ffn = layer.attention, layer.feed_forward
     if isinstance(ffn, Experts):
-        changed: FeedForward | Experts = replace(
+        changed: FeedForward | Experts | None = replace(
             ffn, router=change(ffn.router), experts=tuple(gated(expert) for expert in ffn.experts),
             shared=None if ffn.shared is None else gated(ffn.shared),
             shared_gate=None if ffn.shared_gate is None else change(ffn.shared_gate))
     else:
-        changed = gated(ffn)
+        changed = None if ffn is None else gated(ffn)
     cross = layer.cross
     if cross is not None:
         cross = replace(cross, q=change(cross.q), k=change(cross.k), v=change(cross.v), o=change(cross.o))
     return replace(
         layer, cross=cross,
-        attention=replace(attention, q=change(attention.q), k=change(attention.k), v=change(attention.v),
-                          o=change(attention.o)),
+        attention=None if attention is None else replace(
+            attention, q=change(attention.q), k=change(attention.k), v=change(attention.v), o=change(attention.o)),
         feed_forward=changed)
 
 
@@ -325,7 +343,7 @@ def plan_with(plan: Plan, change: Callable[[Linear], Linear]) -> Plan:
 def with_attention(plan: Plan, policy: AttentionPolicy) -> Plan:
     """The plan with another policy where a token sees all before it; layers with a window of their own keep it."""
     def changed(layer: Layer) -> Layer:
-        if layer.attention.policy.kind != "causal":
+        if layer.attention is None or layer.attention.policy.kind != "causal":
             return layer
         return replace(layer, attention=replace(layer.attention, policy=policy))
 
@@ -336,7 +354,7 @@ def with_attention(plan: Plan, policy: AttentionPolicy) -> Plan:
 
 def endless(plan: Plan) -> bool:
     """Whether a sequence may go on for ever in constant memory: every layer has a window, some of them with sinks."""
-    kinds = {layer.attention.policy.kind for layer in plan.layers}
+    kinds = {attention.policy.kind for attention in plan.attentions}
     return "sinks" in kinds and kinds <= {"sinks", "sliding"} and plan.position_embedding is None
 
 
@@ -347,7 +365,7 @@ def for_context(plan: Plan, context: int) -> Plan:
     the model is loaded with decides, for every text.
     """
     if endless(plan):  # distances are those in a cache
-        policies = [layer.attention.policy for layer in plan.layers]
+        policies = [attention.policy for attention in plan.attentions]
         context = min(context, max(policy.sinks + policy.window for policy in policies))
     chosen: dict[int, Rope] = {}
 
@@ -357,6 +375,6 @@ def for_context(plan: Plan, context: int) -> Plan:
         own = rope.longer if context > rope.reach else replace(rope, longer=None)
         return chosen.setdefault(id(rope), own)  # layers that shared one still do
 
-    layers = tuple(replace(layer, attention=replace(layer.attention, rope=rope_of(layer.attention.rope)))
-                   for layer in plan.layers)
+    layers = tuple(layer if layer.attention is None else replace(
+        layer, attention=replace(layer.attention, rope=rope_of(layer.attention.rope))) for layer in plan.layers)
     return replace(plan, layers=layers, encoder=None if plan.encoder is None else for_context(plan.encoder, context))

@@ -109,8 +109,9 @@ def _operators_of(plan: Plan) -> dict[str, str]:
     found: dict[str, str] = {}
     for layer in plan.layers:
         attention, ffn = layer.attention, layer.feed_forward
-        found |= dict.fromkeys((attention.q.name, attention.k.name, attention.v.name), "qkv")
-        found[attention.o.name] = "out"
+        if attention is not None:
+            found |= dict.fromkeys((attention.q.name, attention.k.name, attention.v.name), "qkv")
+            found[attention.o.name] = "out"
         if isinstance(ffn, Experts):
             found[ffn.router.name] = "experts"
         for part in layer.feed_forwards:

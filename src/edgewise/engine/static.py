@@ -55,11 +55,14 @@ def with_static(plan: Plan, sites: Sites) -> Plan:
 
 
 def _layer_with(layer: Layer, sites: Sites, taken: set[str]) -> Layer:
-    home = layer.attention.q.name.partition(".self_attn.")[0]
+    attention, ffn = layer.attention, layer.feed_forward
+    first = attention.q if attention is not None else layer.feed_forwards[0].up
+    home = first.name.partition(".self_attn.")[0].partition(".mlp.")[0]
     if not any(name.startswith(f"{home}.") for name in sites):
         return layer
-    if not isinstance(layer.feed_forward, FeedForward) or layer.order != "pre" or layer.cross is not None:
-        raise UnsupportedError(f"{home}: static activations run in layers that norm before each part, without experts")
+    if not isinstance(ffn, FeedForward) or attention is None or layer.order != "pre" or layer.cross is not None:
+        raise UnsupportedError(f"{home}: static activations run in layers that have both parts, each normed before, "
+                               "and no experts")
 
     def site(name: str) -> StaticActivation | None:
         found = sites.get(f"{home}.{name}")
@@ -88,7 +91,6 @@ def _layer_with(layer: Layer, sites: Sites, taken: set[str]) -> Layer:
                                    "int8/tensor, with zero points or without; quantise it so, or drop its sites")
         return replace(source, activation="static", input=given, output=result)
 
-    attention, ffn = layer.attention, layer.feed_forward
     rounding = Rounding(**{name: site(at) for name, at in (_ATTENTION | _OTHERS).items()})
     parts = {name: getattr(rounding, name) for name in _ATTENTION}
     inside = {name for name in ("query", "key", "score", "probability") if parts[name] is not None}

@@ -50,9 +50,10 @@ def workload_of(plan: Plan, matrices: Mapping[str, Any], *, tokens: int = 1, dep
         matrices[plan.embedding.key].nbytes / plan.vocab * tokens))]
     for layer in plan.layers:
         attention = layer.attention
-        ops += [linear(part, tokens, reads=passes) for part in (attention.q, attention.k, attention.v)]
-        ops.append(_attention(plan, layer, tokens, depth, batch, kv))
-        ops.append(linear(attention.o, tokens, reads=passes))
+        if attention is not None:
+            ops += [linear(part, tokens, reads=passes) for part in (attention.q, attention.k, attention.v)]
+            ops.append(_attention(plan, layer, attention, tokens, depth, batch, kv))
+            ops.append(linear(attention.o, tokens, reads=passes))
         if layer.cross is not None and source is not None:
             ops.append(linear(layer.cross.q, tokens, reads=passes))
             ops.append(_across(plan, layer, layer.cross, tokens, source, kv, passes))
@@ -64,7 +65,7 @@ def workload_of(plan: Plan, matrices: Mapping[str, Any], *, tokens: int = 1, dep
                 ops += gated(expert, ffn.top_k / len(ffn.experts))
             if ffn.shared is not None:
                 ops += gated(ffn.shared)
-        else:
+        elif ffn is not None:
             ops += gated(ffn)
     if plan.head is not None:
         tied = plan.head.weight is plan.embedding.weight
@@ -101,8 +102,7 @@ def _across(plan: Plan, layer: Layer, cross: CrossAttention, tokens: int, source
               2 * cross.heads * cross.head_dim * source * tokens, 0, read * passes, 0, "fp32")
 
 
-def _attention(plan: Plan, layer: Layer, tokens: int, depth: int, batch: int, kv: str) -> Op:
-    attention = layer.attention
+def _attention(plan: Plan, layer: Layer, attention: Attention, tokens: int, depth: int, batch: int, kv: str) -> Op:
     seen = sum(_visible(attention, depth + i, depth + tokens) for i in range(tokens))
     seeing = replace(layer, cross=None, attention=replace(attention, policy=AttentionPolicy(
         "full" if attention.policy.kind == "full" else "causal")))
@@ -110,7 +110,7 @@ def _attention(plan: Plan, layer: Layer, tokens: int, depth: int, batch: int, kv
     # The tokens of a pass share what they read: the pass reads what its last token sees, and its own.
     ends = range(min(batch, tokens), tokens + 1, batch) if tokens > batch else (tokens,)
     read = sum(kv_bytes(alone, kv, _visible(attention, depth + end - 1, depth + tokens)) for end in ends)
-    macs = 2 * attention.heads * attention.head_dim * seen
+    macs = attention.heads * (attention.head_dim + attention.value_width) * seen
     return Op("attention", "attention", ((tokens, attention.heads, attention.head_dim),), macs, 0, read, 0, "fp32")
 
 

@@ -17,7 +17,7 @@ from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import QuantFormat
 from edgewise.core.storage import Stored
 from edgewise.engine.packing import packed_nbytes, recipe_of
-from edgewise.engine.plan import Experts, Plan
+from edgewise.engine.plan import Experts, Linear, Plan
 
 __all__ = ["LADDER", "Candidate", "TensorGroup", "aligned", "candidates_of", "groups_of", "items_of"]
 
@@ -92,7 +92,9 @@ def _weights_of(plan: Plan) -> Iterator[tuple[str, int | None, str, Stored]]:
     yield "embedding", None, plan.embedding.name, plan.embedding.weight
     for index, layer in enumerate(plan.layers):
         attention = layer.attention
-        parts = [("query", attention.q), ("key", attention.k), ("value", attention.v), ("output", attention.o)]
+        parts: list[tuple[str, Linear]] = []
+        if attention is not None:
+            parts += [("query", attention.q), ("key", attention.k), ("value", attention.v), ("output", attention.o)]
         if isinstance(layer.feed_forward, Experts):
             parts.append(("router", layer.feed_forward.router))
             if layer.feed_forward.shared_gate is not None:

@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import BudgetError, FormatError, InvalidValueError, SourceError, notice
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, float32_to_bf16
+from edgewise.core.shapes import LAYER_SHAPES
 from edgewise.core.storage import Dense, QuantizedTensor, Stored
 from edgewise.formats import compressed_tensors
 from edgewise.formats.cache import Progress, folder_aside
 from edgewise.formats.encodings import encodings_of
+from edgewise.formats.equal_shapes import equal_shapes
 from edgewise.formats.folder import CONFIG_LIMIT_BYTES, GGUF_TOKENIZER, POOLING
 from edgewise.formats.hostile import read_json
 from edgewise.formats.quantized_folder import Part, encode
@@ -61,7 +63,8 @@ def write_folder(checkpoint: Checkpoint, path: str | Path, *, dense: bool | Numb
 
     dense: False keeps every tensor as it is stored; FP16, BF16 or FP32 (True) writes plain tensors that any reader of
     safetensors loads. layout "compressed-tensors" writes quantised weights as transformers and vLLM read them, and as
-    fp16 what that layout cannot hold (minima, GGUF blocks, quantised embeddings).
+    fp16 what that layout cannot hold (minima, GGUF blocks, quantised embeddings). Both are for other software, so that
+    layers of unequal shapes are padded with zeros.
     Each tensor of the checkpoint is made several times, for its sizes and for its bytes.
     A folder that edgewise wrote is replaced; any other only with overwrite, and never one with files we do not know.
     """
@@ -70,6 +73,8 @@ def write_folder(checkpoint: Checkpoint, path: str | Path, *, dense: bool | Numb
     if number is not None and number not in _DTYPE:
         raise InvalidValueError(f"a dense folder is written as fp32, fp16 or bf16; given {number}")
     replace = check_target(folder, overwrite=overwrite)
+    if number is not None or layout != "edgewise":
+        checkpoint = equal_shapes(checkpoint)
     formats: dict[str, Any] = {}
     plan: dict[str, _Shape] = {}
     for name in checkpoint.tensors:
@@ -242,12 +247,14 @@ def _config_of(checkpoint: Checkpoint, formats: Mapping[str, Any], number: Numbe
     if layout == "compressed-tensors" and number is None:
         config["quantization_config"] = compressed_tensors.described(
             checkpoint, {name: item["format"] for name, item in formats.items()})
-    elif formats or run:
+    elif formats or run or config.get(LAYER_SHAPES) is not None:
         role = "ForCausalLM" if generates else "Model"
         named: Iterable[str] = config.get("architectures") or [checkpoint.arch.title().replace("_", "") + role]
         config["architectures"] = [f"Edgewise{name}" for name in named]
         config["model_type"] = f"edgewise-{checkpoint.arch}"
-        config["quantization_config"] = {"quant_method": "edgewise", "version": 1, "formats": dict(formats), **run}
+        if formats or run:
+            config["quantization_config"] = {"quant_method": "edgewise", "version": 1, "formats": dict(formats),
+                                             **run}
     config["edgewise"] = ours
     return config
 

@@ -1,7 +1,8 @@
 """A Checkpoint as a torch module of transformers, and back: what we write loads in the engine and in torch.
 
 Weights are what `Stored.dense()` gives, in float32 unless another dtype is asked for. A tied output layer is tied
-again. Static activations that the configuration names are applied as they are defined (models/static.py).
+again. Static activations that the configuration names are applied as they are defined (models/static.py), and layers
+are cut as `layer_shapes` says (models/cut.py).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import nn
 from edgewise.core.activation import activations_of
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import FormatError, InvalidValueError, UnsupportedError, notice
+from edgewise.core.shapes import LAYER_SHAPES, shapes_of
 from edgewise.core.storage import Dense, Stored
 from edgewise.formats.sources import open_checkpoint
+from edgewise.models.cut import cut
 from edgewise.models.static import Rounding, install
 
 __all__ = ["checkpoint_of", "load"]
@@ -62,7 +65,11 @@ def checkpoint_of(model: nn.Module, like: Checkpoint, step: Step, **config: Any)
 def _empty(checkpoint: Checkpoint) -> nn.Module:
     """The module, its parameters without values."""
     values = {key: value for key, value in checkpoint.config.items()
-              if key not in ("model_type", "quantization_config", "architectures", "torch_dtype", "dtype")}
+              if key not in ("model_type", "quantization_config", "architectures", "torch_dtype", "dtype", LAYER_SHAPES)
+              }
+    shapes = shapes_of(checkpoint.config, checkpoint.source)
+    if shapes is not None and checkpoint.config["hidden_size"] % checkpoint.config.get("num_attention_heads", 1):
+        values |= {"num_attention_heads": 1, "num_key_value_heads": 1}  # checked there, and replaced by the shapes
     try:
         config = transformers.AutoConfig.for_model(checkpoint.arch, **values)
     except ValueError as error:
@@ -76,6 +83,8 @@ def _empty(checkpoint: Checkpoint) -> nn.Module:
         kind = transformers.AutoModelForCausalLM if embeddings else transformers.AutoModel
     with torch.device("meta"):
         model: nn.Module = kind.from_config(config)
+    if shapes is not None:
+        cut(model, shapes, checkpoint.source)
     return model
 
 

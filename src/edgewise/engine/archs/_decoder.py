@@ -5,18 +5,19 @@ A family reads a `Decoder`, builds its layers with it, and hands them to `finish
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint
-from edgewise.core.errors import FormatError
+from edgewise.core.errors import FormatError, UnsupportedError
+from edgewise.core.shapes import LAYER_SHAPES, LayerShape, shapes_of
 from edgewise.core.values import dataclass
 from edgewise.engine.archs._reading import FUNCTIONS, Config, Function, Tensors
 from edgewise.engine.archs._rope import rope_of
-from edgewise.engine.plan import AttentionPolicy, FeedForward, Layer, Linear, Norm, Plan, Rope
+from edgewise.engine.plan import Attention, AttentionPolicy, FeedForward, Layer, Linear, Norm, Plan, Rope
 
 __all__ = ["Decoder"]
 
@@ -27,7 +28,7 @@ _KNOWN_EXTRA = {
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A checkpoint of a decoder, its sizes read and checked. heads, kv_heads and widths: one number per layer."""
+    """A checkpoint of a decoder, its sizes read and checked. head_dim: of a whole head, which scores are scaled by."""
 
     arch: str
     source: str
@@ -36,10 +37,8 @@ class Decoder:
     hidden: int
     vocab: int
     context: int
-    heads: list[int]
-    kv_heads: list[int]
     head_dim: int
-    widths: list[int]
+    shapes: tuple[LayerShape, ...]
     eps: float
     function: Function
     prefix: str
@@ -59,26 +58,32 @@ class Decoder:
         hidden = config.integer("hidden_size")
         count = config.layers(tensors)
         vocab = config.integer("vocab_size")
-        heads = config.per_layer("num_attention_heads", count)
-        keys = heads
-        if kv_heads is not None or "num_key_value_heads" in config:
-            keys = config.per_layer("num_key_value_heads", count, kv_heads)
-        for queries, own in zip(heads, keys, strict=True):
-            if queries % own:
-                raise FormatError(f"num_attention_heads {queries} is not a multiple of num_key_value_heads {own}",
-                                  path=source or None)
+        given = shapes_of(checkpoint.config, source)
+        if given is not None:
+            size = config.integer("head_dim", head_dim)
+        else:
+            heads = config.per_layer("num_attention_heads", count)
+            keys = heads
+            if kv_heads is not None or "num_key_value_heads" in config:
+                keys = config.per_layer("num_key_value_heads", count, kv_heads)
+            for queries, own in zip(heads, keys, strict=True):
+                if queries % own:
+                    raise FormatError(f"num_attention_heads {queries} is not a multiple of num_key_value_heads {own}",
+                                      path=source or None)
+            size = config.integer("head_dim", head_dim or hidden // heads[0] or None)
+            widths = config.per_layer("intermediate_size", count)
+            given = tuple(LayerShape(queries, own, size, size, width) for queries, own, width
+                          in zip(heads, keys, widths, strict=True))
         prefix = tensors.prefix(prefixes, "embed_tokens.weight")
         return cls(
             checkpoint.arch, source, config, tensors, hidden, vocab,
-            config.integer("max_position_embeddings", context), heads, keys,
-            config.integer("head_dim", head_dim or hidden // heads[0] or None),
-            config.per_layer("intermediate_size", count), config.number("rms_norm_eps", eps),
+            config.integer("max_position_embeddings", context), size, given, config.number("rms_norm_eps", eps),
             config.choice(function_key, FUNCTIONS, function), prefix,
             tensors.linear(f"{prefix}embed_tokens", vocab, hidden, bias=False), norm_offset)
 
     @property
     def layers(self) -> int:
-        return len(self.heads)
+        return len(self.shapes)
 
     def name(self, layer: int) -> str:
         """What the names of a layer's tensors begin with, without the dot."""
@@ -92,11 +97,53 @@ class Decoder:
     def projections(self, layer: int, *, bias: bool | None, output_bias: bool | None
                     ) -> tuple[Linear, Linear, Linear, Linear]:
         """q, k, v and o of a layer. bias, output_bias: asked for, not wanted, or None: where they are there."""
-        name, hidden, size = f"{self.name(layer)}.self_attn", self.hidden, self.head_dim
-        heads, kv_heads = self.heads[layer], self.kv_heads[layer]
-        q, k, v = (self.tensors.linear(f"{name}.{part}_proj", count * size, hidden, bias=bias)
-                   for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)))
-        return q, k, v, self.tensors.linear(f"{name}.o_proj", hidden, heads * size, bias=output_bias)
+        name, hidden, shape = f"{self.name(layer)}.self_attn", self.hidden, self.shapes[layer]
+        q, k, v = (self.tensors.linear(f"{name}.{part}_proj", rows, hidden, bias=bias) for part, rows in (
+            ("q", shape.heads * shape.key_dim), ("k", shape.kv_heads * shape.key_dim),
+            ("v", shape.kv_heads * shape.value_dim)))
+        return q, k, v, self.tensors.linear(f"{name}.o_proj", hidden, shape.heads * shape.value_dim, bias=output_bias)
+
+    def attention(self, layer: int, rope: Callable[[], Rope], policy: AttentionPolicy, *, bias: bool | None,
+                  output_bias: bool | None, scale: float | None = None, head_norms: bool = False) -> Attention | None:
+        """The attention of a layer, or None where it has none. rope: asked for after the weights. scale: by default
+        head_dim^-1/2. head_norms: queries and keys have norms of each head."""
+        shape = self.shapes[layer]
+        if not shape.heads:
+            return None
+        linears = self.projections(layer, bias=bias, output_bias=output_bias)
+        turning = rope()
+        known = len(turning.inverse_frequency)
+        turns: NDArray[np.uint16] | None = None
+        if shape.pairs is not None or shape.key_dim != self.head_dim:
+            if head_norms or 2 * known != self.head_dim:
+                why = "its heads are normed as a whole" if head_norms else "a part of its heads is not turned"
+                raise UnsupportedError(f"{self.source}: {LAYER_SHAPES}[{layer}] cuts pairs from the heads of "
+                                       f"{self.arch}, which cannot be: {why}; keep key_dim {self.head_dim} there")
+            if shape.pairs is None or max(max(own) for own in shape.pairs) >= known:
+                raise FormatError(f"configuration key '{LAYER_SHAPES}[{layer}]': pairs says which of the {known} "
+                                  f"rotary frequencies a head of {shape.key_dim} dimensions keeps; given "
+                                  f"{str(shape.pairs)[:60]}", path=self.source or None)
+            turns = np.array(shape.pairs, np.uint16)
+        q_norm, k_norm = (self.norm(f"{self.name(layer)}.self_attn.{part}_norm", self.head_dim) if head_norms else None
+                          for part in ("q", "k"))
+        return Attention(*linears, shape.heads, shape.kv_heads, shape.key_dim,
+                         self.head_dim**-0.5 if scale is None else scale, turning, policy, q_norm, k_norm,
+                         value_dim=shape.value_dim, turns=turns)
+
+    def part_norm(self, name: str, part: object) -> Norm | None:
+        """The norm before a part, where the part is there."""
+        return None if part is None else self.norm(name)
+
+    def feed_forward(self, layer: int, *, bias: bool | None = False) -> FeedForward | None:
+        """The gated feed-forward of a layer, or None where it has none."""
+        width = self.shapes[layer].width
+        return self.gated(f"{self.name(layer)}.mlp", width, bias=bias) if width else None
+
+    def equal(self) -> None:
+        """Raises UnsupportedError where the configuration cuts layers of a family whose weights lie in one."""
+        if LAYER_SHAPES in self.config:
+            raise UnsupportedError(f"{self.source}: {LAYER_SHAPES} is not read for {self.arch}; it is for families "
+                                   "with q, k, v, gate and up in weights of their own, without experts")
 
     def gated(self, name: str, width: int, *, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
               bias: bool | None = False) -> FeedForward:

@@ -9,6 +9,7 @@ as transformers does (a quantised table has no such format, and is multiplied by
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from edgewise.core.numbers import BF16, FP16, bf16_to_float32, float32_to_bf16
 from edgewise.core.storage import Dense, Stored
 from edgewise.engine.archs._decoder import Decoder
 from edgewise.engine.archs._reading import Config
-from edgewise.engine.plan import Attention, Layer, Plan, Rope
+from edgewise.engine.plan import Layer, Plan, Rope
 
 __all__ = ["ARCHS", "plan"]
 
@@ -48,21 +49,19 @@ def plan(checkpoint: Checkpoint) -> Plan:
     policies = model.policies(sliding)
     scale = config.number("query_pre_attn_scalar", 256.0) ** -0.5
     bias = config.flag("attention_bias")
-    ropes: tuple[Rope, Rope] | None = None
+    ropes = cache(lambda: _ropes(model))
     layers = []
     for i in range(model.layers):
         name = model.name(i)
-        linears = model.projections(i, bias=bias, output_bias=bias)
-        ropes = ropes or _ropes(model)
-        attention = Attention(
-            *linears, model.heads[i], model.kv_heads[i], model.head_dim, scale, ropes[sliding[i]], policies[i],
-            model.norm(f"{name}.self_attn.q_norm", model.head_dim),
-            model.norm(f"{name}.self_attn.k_norm", model.head_dim))
+        slides = sliding[i]
+        attention = model.attention(i, lambda slides=slides: ropes()[slides], policies[i],  # type: ignore[misc]
+                                    bias=bias, output_bias=bias, scale=scale, head_norms=True)
+        feed_forward = model.feed_forward(i)
         layers.append(Layer(
-            attention, model.gated(f"{name}.mlp", model.widths[i]), model.norm(f"{name}.input_layernorm"),
-            model.norm(f"{name}.pre_feedforward_layernorm"),
-            after_attention=model.norm(f"{name}.post_attention_layernorm"),
-            after_feed_forward=model.norm(f"{name}.post_feedforward_layernorm")))
+            attention, feed_forward, model.part_norm(f"{name}.input_layernorm", attention),
+            model.part_norm(f"{name}.pre_feedforward_layernorm", feed_forward),
+            after_attention=model.part_norm(f"{name}.post_attention_layernorm", attention),
+            after_feed_forward=model.part_norm(f"{name}.post_feedforward_layernorm", feed_forward)))
     return model.finish(layers, tied=True, known=_KNOWN_EXTRA,
                         embedding_scale=_root(model.hidden, model.embedding.weight))
 

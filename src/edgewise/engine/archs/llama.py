@@ -3,15 +3,18 @@
 Touvron et al., "Llama 2", arXiv:2307.09288; Jiang et al., "Mistral 7B", arXiv:2310.06825 (sliding window).
 Covers SmolLM2, TinyLlama and Llama 2 and 3, with every rotary scaling that `_rope` names.
 
-Head counts and the feed-forward width may be lists in the configuration, one number per layer.
+Layers may differ, or lack a part, as `layer_shapes` says (core/shapes.py). Head counts and the feed-forward width may
+also be lists in the configuration, one number per layer.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import notice
 from edgewise.engine.archs._decoder import Decoder
-from edgewise.engine.plan import Attention, AttentionPolicy, Layer, Plan, Rope
+from edgewise.engine.plan import AttentionPolicy, Layer, Plan
 
 __all__ = ["ARCHS", "plan"]
 
@@ -28,16 +31,14 @@ def plan(checkpoint: Checkpoint) -> Plan:
     attention_bias = config.flag("attention_bias") if "attention_bias" in config else None
     feed_forward_bias = config.flag("mlp_bias") if "mlp_bias" in config else None
     policy = _policy(model)
-    rope: Rope | None = None
+    rope = cache(model.rope)
     layers = []
     for i in range(model.layers):
         name = model.name(i)
-        linears = model.projections(i, bias=attention_bias, output_bias=attention_bias)
-        rope = rope or model.rope()
-        attention = Attention(*linears, model.heads[i], model.kv_heads[i], model.head_dim, model.head_dim**-0.5, rope,
-                              policy)
-        layers.append(Layer(attention, model.gated(f"{name}.mlp", model.widths[i], bias=feed_forward_bias),
-                            model.norm(f"{name}.input_layernorm"), model.norm(f"{name}.post_attention_layernorm")))
+        attention = model.attention(i, rope, policy, bias=attention_bias, output_bias=attention_bias)
+        feed_forward = model.feed_forward(i, bias=feed_forward_bias)
+        layers.append(Layer(attention, feed_forward, model.part_norm(f"{name}.input_layernorm", attention),
+                            model.part_norm(f"{name}.post_attention_layernorm", feed_forward)))
     return model.finish(layers)
 
 

@@ -18,12 +18,14 @@ ARCHS = ("phi3",)
 def plan(checkpoint: Checkpoint) -> Plan:
     """The Plan of a Phi-3 checkpoint. Errors as `plan_of`."""
     model = Decoder.read(checkpoint, context=4096, eps=1e-5)
+    model.equal()
     tensors, size, hidden = model.tensors, model.head_dim, model.hidden
     policies = model.policies(["sliding_window" in model.config] * model.layers)
     rope: Rope | None = None
     layers = []
     for i in range(model.layers):
-        name, heads, kv_heads, width = model.name(i), model.heads[i], model.kv_heads[i], model.widths[i]
+        name, shape = model.name(i), model.shapes[i]
+        heads, kv_heads, width = shape.heads, shape.kv_heads, shape.width
         q, k, v = tensors.split(f"{name}.self_attn.qkv_proj", (heads * size, kv_heads * size, kv_heads * size), hidden)
         o = tensors.linear(f"{name}.self_attn.o_proj", hidden, heads * size, bias=False)
         rope = rope or model.rope(partial=True, older_names={"su": "longrope", "yarn": "longrope"})

@@ -9,9 +9,11 @@ Qwen2's have a shared expert beside them, times the sigmoid of a gate of its own
 
 from __future__ import annotations
 
+from functools import cache
+
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.engine.archs._decoder import Decoder
-from edgewise.engine.plan import Attention, Experts, FeedForward, Layer, Linear, Plan, Rope
+from edgewise.engine.plan import Experts, FeedForward, Layer, Linear, Plan
 
 __all__ = ["ARCHS", "plan"]
 
@@ -24,21 +26,19 @@ def plan(checkpoint: Checkpoint) -> Plan:
     kv_heads = {"qwen2_moe": 16, "qwen3_moe": 4}.get(checkpoint.arch, 32)
     # transformers' Qwen3-MoE divides the hidden size where head_dim is not given; Qwen3 has heads of 128.
     model = Decoder.read(checkpoint, context=32_768, kv_heads=kv_heads, head_dim=128 if newer and not routed else None)
+    if routed:
+        model.equal()
     bias = model.config.flag("attention_bias") if newer else model.config.flag("qkv_bias", True)
     sliding = _sliding(model)
-    rope: Rope | None = None
+    rope = cache(model.rope)
     layers = []
     for i, policy in enumerate(model.policies(sliding)):
         name = model.name(i)
-        linears = model.projections(i, bias=bias, output_bias=bias and newer)
-        rope = rope or model.rope()
-        q_norm, k_norm = (model.norm(f"{name}.self_attn.{part}_norm", model.head_dim) if newer else None
-                          for part in ("q", "k"))
-        attention = Attention(*linears, model.heads[i], model.kv_heads[i], model.head_dim, model.head_dim**-0.5, rope,
-                              policy, q_norm, k_norm)
+        attention = model.attention(i, rope, policy, bias=bias, output_bias=bias and newer, head_norms=newer)
         routes = routed and _has_experts(model, i)
-        layers.append(Layer(attention, _experts(model, i) if routes else model.gated(f"{name}.mlp", model.widths[i]),
-                            model.norm(f"{name}.input_layernorm"), model.norm(f"{name}.post_attention_layernorm")))
+        feed_forward = _experts(model, i) if routes else model.feed_forward(i)
+        layers.append(Layer(attention, feed_forward, model.part_norm(f"{name}.input_layernorm", attention),
+                            model.part_norm(f"{name}.post_attention_layernorm", feed_forward)))
     return model.finish(layers)
 
 
