@@ -295,7 +295,7 @@ def test_unknown_architectures_name_the_known_ones(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(UnsupportedError, match="architecture 'wavenet'; edgewise reads llama, bert"):
+    with pytest.raises(UnsupportedError, match="architecture 'wavenet'; edgewise reads llama, deci, bert"):
         read_gguf(tmp_path / "m.gguf")
 
 

@@ -130,7 +130,7 @@ def _tensors(shards: GgufShards, arch: GgufArch, config: dict[str, Any], path: P
             if name not in (ROPE_DIVISORS, *LONG_FACTORS.values()):
                 notice("ignored", f"tensor {name} has no place in {arch.hf}", where=str(path))
             continue
-        heads = arch.heads(name, config)
+        heads = arch.heads(name, config, shards.shape(name)[0])
         if heads is not None and shards.shape(name)[0] % (2 * heads):
             raise FormatError(f"{shards.shape(name)[0]} rows do not divide into {heads} heads with rotary pairs",
                               path=shards.home[name].path, tensor=name, offset=shards.home[name].tensors[name].offset)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewise.core.errors import FormatError, UnsupportedError, notice
+from edgewise.core.errors import FormatError, InvalidValueError, UnsupportedError, notice
+from edgewise.core.shapes import LayerShape, config_with_shapes, shapes_of
 from edgewise.formats.gguf_families import complete, flattened
 from edgewise.formats.gguf_file import GgufMetadata
-from edgewise.formats.gguf_names import GgufArch
+from edgewise.formats.gguf_names import DECI, GgufArch
 
 __all__ = ["ROPE_DIVISORS", "config_of_keys", "keys_of_config", "llama3_divisors",
-           "rope_of_config", "scaling_of_divisors"]
+           "rope_of_config", "said_in_arrays", "scaling_of_divisors"]
 
 Float32 = NDArray[np.float32]
 
@@ -24,6 +25,8 @@ Float32 = NDArray[np.float32]
 _SILENT = {"rope.dimension_count", "attention.value_length", "attention.causal", "pooling_type", "expert_count",
            "expert_used_count", "expert_weights_scale", "attention.scale", "decoder_start_token_id"}
 _LARGEST = 1 << 31
+_PER_LAYER = {"attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+              "feed_forward_length": "intermediate_size"}
 ROPE_DIVISORS = "rope_freqs.weight"
 """The one tensor that stands for a configuration: what each rotary frequency is divided by."""
 
@@ -36,7 +39,9 @@ def config_of_keys(metadata: GgufMetadata, arch: GgufArch, path: Path) -> dict[s
         name = key.removeprefix(prefix)
         if name == "attention.sliding_window" and metadata[key] == 0:
             continue  # some converters write 0 for none
-        if name in arch.keys:
+        if name in _PER_LAYER and arch is DECI and isinstance(metadata[key], np.ndarray):
+            config[arch.keys[name]] = _largest_of_layers(metadata, key, path)
+        elif name in arch.keys:
             config[arch.keys[name]] = _number(metadata, key, path)
         elif name not in _SILENT and not name.startswith("rope.scaling."):
             notice("ignored", f"key {key} has no place in the configuration of {arch.hf}", where=str(path))
@@ -46,11 +51,65 @@ def config_of_keys(metadata: GgufMetadata, arch: GgufArch, path: Path) -> dict[s
         config.setdefault(name, value)
     if "num_attention_heads" in config and "rms_norm_eps" in config:
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
+        if arch is DECI and isinstance(metadata.get("deci.attention.head_count"), np.ndarray):
+            config["num_key_value_heads"] = math.gcd(config["num_attention_heads"], config["num_key_value_heads"])
         _check_heads(metadata, config, prefix, path, part_may_turn=arch.hf == "phi3")
+    if arch is DECI:
+        config = _with_layers(metadata, config, path)
     complete(config, metadata, arch, path)
     if "rope_theta" in config:
         config["rope_scaling"] = _scaling(metadata, prefix, config, path)
     return config
+
+
+def _of_layers(metadata: GgufMetadata, key: str, path: Path) -> list[int]:
+    value = metadata[key]
+    whole = isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iu" and value.size
+    if not whole or value.min() < 0 or value.max() >= _LARGEST:
+        raise FormatError(f"key {key} is a number, or an array of one for each layer, 0 for none; found "
+                          f"{str(value)[:60]}", path=path, offset=metadata.offset(key))
+    found: list[int] = value.tolist()
+    return found
+
+
+def _largest_of_layers(metadata: GgufMetadata, key: str, path: Path) -> int:
+    return max(1, *_of_layers(metadata, key, path))
+
+
+def _with_layers(metadata: GgufMetadata, config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The configuration with the layers that arrays describe."""
+    count, size = config["num_hidden_layers"], config["head_dim"]
+    columns = []
+    for name, theirs in _PER_LAYER.items():
+        key = f"deci.{name}"
+        several = key in metadata and isinstance(metadata[key], np.ndarray)
+        columns.append(_of_layers(metadata, key, path) if several else [config[theirs]])
+    if any(len(column) not in (1, count) for column in columns):
+        raise FormatError(f"deci.{' and deci.'.join(_PER_LAYER)} have {[len(c) for c in columns]} elements for "
+                          f"{count} layers", path=path)
+    if all(len(column) == 1 for column in columns):
+        return config
+    shapes = []
+    for index in range(count):
+        heads, kv_heads, width = (column[index % len(column)] for column in columns)
+        if heads and not kv_heads:
+            raise UnsupportedError(f"{path}: layer {index} has a linear map in place of attention (head_count_kv 0), "
+                                   "which edgewise does not run")
+        try:
+            shapes.append(LayerShape(heads, kv_heads if heads else 0, size, size, width) if heads
+                          else LayerShape(0, 0, 0, 0, width))
+        except InvalidValueError as error:
+            raise FormatError(f"layer {index}: {error}", path=path) from None
+    return config_with_shapes(config, shapes, size)
+
+
+def said_in_arrays(config: Mapping[str, Any]) -> bool:
+    """Whether GGUF's deci says what `layer_shapes` does: whole heads, attention in the first layer, a feed-forward in
+    each, as llama.cpp reads it."""
+    shapes, size = shapes_of(config), config.get("head_dim")
+    return shapes is not None and shapes[0].heads > 0 and all(
+        shape.width > 0 and shape.pairs is None and (not shape.heads or shape.key_dim == shape.value_dim == size)
+        for shape in shapes)
 
 
 def _number(metadata: GgufMetadata, key: str, path: Path) -> int | float:
@@ -147,6 +206,7 @@ def keys_of_config(config: Mapping[str, Any], arch: GgufArch, *, where: str) -> 
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
     keys: dict[str, Any] = {}
+    shapes = shapes_of(config, where)
     for key, name in arch.keys.items():
         value = config.get(name)
         if value is not None:
@@ -158,8 +218,14 @@ def keys_of_config(config: Mapping[str, Any], arch: GgufArch, *, where: str) -> 
         if config.get(name, value) != value:
             raise UnsupportedError(f"{where}: {name} is {config[name]!r}; GGUF's {arch.gguf} implies {value!r} and has "
                                    "no key for another")
+    if shapes is not None:  # whole heads, of a length that need not divide the hidden size
+        keys |= {f"{arch.gguf}.attention.head_count": [shape.heads for shape in shapes],
+                 f"{arch.gguf}.attention.head_count_kv": [shape.kv_heads for shape in shapes],
+                 f"{arch.gguf}.feed_forward_length": [shape.width for shape in shapes]}
     if "rope.freq_base" in arch.keys:
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        if shapes is not None or size * config["num_attention_heads"] != config["hidden_size"]:  # else divided from it
+            keys[f"{arch.gguf}.attention.value_length"] = int(size)
         keys[f"{arch.gguf}.rope.dimension_count"] = int(size * float(config.get("partial_rotary_factor") or 1.0))
         if "attention.scale" in config:
             keys[f"{arch.gguf}.attention.scale"] = float(config["attention.scale"])

@@ -12,9 +12,10 @@ from dataclasses import field, replace
 from typing import Any
 
 from edgewise.core.errors import UnsupportedError
+from edgewise.core.shapes import LAYER_SHAPES
 from edgewise.core.values import dataclass
 
-__all__ = ["ARCHITECTURES", "GgufArch", "arch_of_config", "arch_of_file"]
+__all__ = ["ARCHITECTURES", "DECI", "GgufArch", "arch_of_config", "arch_of_file"]
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,12 @@ class GgufArch:
         """Whether ggml reads a GGUF tensor in F32 only."""
         return _template(name).rpartition(".")[0] in self.float32
 
-    def heads(self, name: str, config: Mapping[str, Any]) -> int | None:
-        """Heads of a GGUF tensor whose rows are stored for interleaved rotary pairs, else None."""
+    def heads(self, name: str, config: Mapping[str, Any], rows: int) -> int | None:
+        """Heads of a GGUF tensor of so many rows that are stored for interleaved rotary pairs, else None."""
         stem = _template(name).rpartition(".")[0]
-        return int(config[self.rotary[stem]]) if stem in self.rotary else None
+        if stem not in self.rotary:
+            return None
+        return rows // int(config["head_dim"]) if LAYER_SHAPES in config else int(config[self.rotary[stem]])
 
 
 def _template(name: str) -> str:
@@ -143,6 +146,8 @@ _LLAMA = GgufArch(
     defaults={"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048},
     also=("mistral",),
 )
+DECI = replace(_LLAMA, gguf="deci", also=(), written=False)
+"""Llama with heads and widths of each layer in arrays. Puzzle (Bercovich et al., arXiv:2411.19146) made the first."""
 _BERT = GgufArch(
     gguf="bert", hf="bert",
     keys={
@@ -302,7 +307,7 @@ _T5 = GgufArch(
 )
 _T5_ALONE = replace(_T5, gguf="t5encoder", tensors=_T5_ENCODER, constants={"is_encoder_decoder": False})
 ARCHITECTURES: tuple[GgufArch, ...] = (
-    _LLAMA, _BERT, _QWEN2, _QWEN3, _PHI3, _GEMMA3, _MIXTRAL, _QWEN2MOE, _QWEN3MOE, _T5, _T5_ALONE)
+    _LLAMA, DECI, _BERT, _QWEN2, _QWEN3, _PHI3, _GEMMA3, _MIXTRAL, _QWEN2MOE, _QWEN3MOE, _T5, _T5_ALONE)
 
 
 def arch_of_file(name: str, *, where: str, experts: bool = False) -> GgufArch:

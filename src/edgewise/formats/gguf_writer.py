@@ -16,11 +16,18 @@ from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, InvalidValueError, UnsupportedError, notice
 from edgewise.core.storage import Dense, Stored
 from edgewise.formats.cache import Progress, write_aside
+from edgewise.formats.equal_shapes import equal_shapes
 from edgewise.formats.ggml_blocks import WRITTEN, codec, ggml_bytes, stored_of, type_of
-from edgewise.formats.gguf_config import ROPE_DIVISORS, keys_of_config, llama3_divisors, rope_of_config
+from edgewise.formats.gguf_config import (
+    ROPE_DIVISORS,
+    keys_of_config,
+    llama3_divisors,
+    rope_of_config,
+    said_in_arrays,
+)
 from edgewise.formats.gguf_families import flattened, long_factors
 from edgewise.formats.gguf_file import ARRAY, BOOL, NUMBERS, STRING
-from edgewise.formats.gguf_names import GgufArch, arch_of_config
+from edgewise.formats.gguf_names import DECI, GgufArch, arch_of_config
 from edgewise.formats.gguf_rotary import interleave_rotary
 from edgewise.formats.gguf_tokenizer import keys_of_tokenizer
 
@@ -42,11 +49,16 @@ def write_gguf(checkpoint: Checkpoint, path: str | Path, types: Types = "keep", 
     tensor. "keep" (also for what a mapping leaves out) is the type it is stored in. A tensor already stored in
     its type is copied byte for byte, codes and scales that fit a type are packed without rounding, and anything
     else is rounded as ggml does. Vectors, and the tables that ggml only reads so, are F32.
-    A matrix whose rows are not whole blocks is written as F16, with a notice.
+    A matrix whose rows are not whole blocks is written as F16, with a notice. Layers of unequal shapes are written as
+    GGUF's deci where its arrays say what they are, and else padded with zeros.
     Raises UnsupportedError for an architecture or a tokenizer that GGUF has no name for, BudgetError for a full disk.
     """
     where = checkpoint.source or "checkpoint"
     arch = arch_of_config(checkpoint.arch, where=where)
+    if checkpoint.arch == "llama" and said_in_arrays(checkpoint.config):
+        arch = DECI
+    else:
+        checkpoint = equal_shapes(checkpoint)
     tensors = _tensors(checkpoint, arch, types, where)
     keys = _keys(checkpoint, arch, where)
     if any(codec(kind).block > 1 for kind, _, _ in tensors.values()):
@@ -117,7 +129,7 @@ def _with_heads(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _maker(checkpoint: Checkpoint, name: str, theirs: str, arch: GgufArch) -> Callable[[], Stored]:
-    heads = arch.heads(theirs, _with_heads(checkpoint))
+    heads = arch.heads(theirs, _with_heads(checkpoint), checkpoint.tensors[name].shape[0])
     if heads is not None:
         return lambda: interleave_rotary(checkpoint.tensors[name], heads)
     if arch.is_raised(theirs):
