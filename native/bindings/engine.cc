@@ -87,6 +87,15 @@ void check_layer(const Model& m, const Layer& l, size_t index) {
     if (gate.present()) shape(gate, "gate", up.rows(), m.hidden);
     shape(down, "down", m.hidden, up.rows());
   };
+  size_t linears = 0, columns = 0;
+  for (const Linear* linear : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) {
+    linears += linear->present();
+    columns += linear->present() && linear->weight.format.columns;
+    if (linear->weight.format.columns != (linear->chosen != nullptr)) fail("weights in columns, and no others, have thresholds for their inputs");
+  }
+  if (columns != 0 && (columns != linears || l.experts || l.cross || l.post_norm || l.bias || l.visible == Visible::Full))
+    fail("weights lie in columns in all linears of a layer or in none, of a decoder without experts that norms before each part");
+  if (columns != 0 && l.gate.present() && l.gate.weight.slabs() != l.up.weight.slabs()) fail("gate and up have codes of one width in columns");
   if (l.experts) {
     const Experts& e = *l.experts;
     if (e.routed == 0 || e.top_k == 0 || e.top_k > e.routed || e.experts.size() < e.routed || e.experts.size() > e.routed + 1)
@@ -180,7 +189,25 @@ void bind_engine(nb::module_& m) {
              linear.integers = integers_of(linear.weight, linear.bias, in, out);
              linear.weight.integers = &linear.integers->rows;
              linear.bias.clear();
-           }, "input"_a, "output"_a.none(), "Inputs are rounded to a grid, and outputs where they have one; products are integers");
+           }, "input"_a, "output"_a.none(), "Inputs are rounded to a grid, and outputs where they have one; products are integers")
+      .def("choose", [](Linear& linear, nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu> thresholds, const Linear* in, const Linear* out) {
+             const PackedMatrix& w = linear.weight;
+             if (!w.format.columns || !linear.int8 || linear.integers)
+               throw std::invalid_argument("inputs are chosen of a weight in columns, multiplied with inputs in int8");
+             if (thresholds.size() != w.cols) throw std::invalid_argument("expected a threshold for each of " + std::to_string(w.cols) + " inputs");
+             if ((in == nullptr) != (out == nullptr)) throw std::invalid_argument("a product of low rank has two matrices");
+             auto made = std::make_shared<ChosenInputs>(w, thresholds.data());
+             if (in != nullptr) {
+               if (in->cols() != w.cols || out->rows() != w.rows || in->rows() != out->cols() || in->weight.format.columns || out->weight.format.columns ||
+                   !in->bias.empty() || !out->bias.empty() || in->integers || out->integers || in->rows() > w.cols ||
+                   in->weight.format.element == Element::BFloat16Pairs || out->weight.format.element == Element::BFloat16Pairs)
+                 throw std::invalid_argument("a product of low rank is (rows, rank) times (rank, cols), in panels, without biases");
+               made->in = std::make_shared<const Linear>(*in);
+               made->out = std::make_shared<const Linear>(*out);
+             }
+             linear.chosen = std::move(made);
+           }, "thresholds"_a, "low_rank_in"_a.none() = nb::none(), "low_rank_out"_a.none() = nb::none(),
+           "When a token is decoded, only inputs whose |x| is above a threshold are read; the others go through the low rank");
   nb::class_<Grid>(m, "Grid", "code = clamp(rint(x / scale) + zero, 0, 2^bits - 1)").def("__init__", [](Grid* self, float scale, int32_t zero, int bits) {
     if (!(scale > 0) || bits < 2 || bits > 16 || zero < 0 || zero >= 1 << bits) throw std::invalid_argument("a grid has a positive scale, 2 to 16 bits and a zero among its codes");
     new (self) Grid{scale, zero, (1 << bits) - 1};
@@ -217,11 +244,13 @@ void bind_engine(nb::module_& m) {
              self->context = context;
            }, "hidden"_a, "vocab"_a, "context"_a)
       .def("set_embedding", [](Model& model, const Linear& table, float scale) {
+             if (table.weight.format.columns) throw std::invalid_argument("an embedding does not lie in columns");
              if (table.rows() != model.vocab || table.cols() != model.hidden) throw std::invalid_argument("embedding is not (vocab, hidden)");
              model.embedding = table;
              model.embedding_scale = scale;
            }, "table"_a, "scale"_a = 1.0f)
       .def("set_head", [](Model& model, const Linear& head, float scale) {
+             if (head.weight.format.columns) throw std::invalid_argument("a head does not lie in columns");
              if (head.rows() != model.vocab || head.cols() != model.hidden) throw std::invalid_argument("head is not (vocab, hidden)");
              model.head = head;
              model.logit_scale = scale;
@@ -269,6 +298,7 @@ void bind_engine(nb::module_& m) {
              auto rounding = std::make_shared<Rounding>();
              *rounding = {attention_in, query, key, feed_forward_in, sigmoid, act, {}};
              if (score && probability && query && key && value && attended) rounding->attention = integer_attention_of(layer, *query, *key, *value, *score, *probability, *attended);
+             if (layer.up.weight.format.columns) throw std::invalid_argument("activations on grids need weights in panels");
              layer.rounding = std::move(rounding);
            }, "attention_in"_a.none(), "query"_a.none(), "key"_a.none(), "value"_a.none(), "score"_a.none(), "probability"_a.none(),
            "attended"_a.none(), "feed_forward_in"_a.none(), "sigmoid"_a.none(), "act"_a.none(),
@@ -432,6 +462,16 @@ void bind_engine(nb::module_& m) {
              std::copy(values.begin(), values.end(), out);
              return array;
            }, "site"_a)
+      .def_prop_rw("decoding", &Session::decoding, &Session::set_decoding, "Passes are of tokens that are decoded, and not of a prompt")
+      .def("forget_counts", &Session::forget_counts)
+      .def_prop_ro("tokens_decoded", &Session::tokens_decoded)
+      .def_prop_ro("inputs_read", [](const Session& s) {
+             float* out;
+             const std::vector<uint64_t>& read = s.inputs_read();
+             nb::object array = new_array({read.size() / Session::kCounted, Session::kCounted}, &out);
+             for (size_t i = 0; i < read.size(); ++i) out[i] = static_cast<float>(read[i]) / static_cast<float>(std::max<uint64_t>(s.tokens_decoded(), 1));
+             return array;
+           }, "Inputs that were above their thresholds, of a token: (layers, q k v o gate up down), since forget_counts()")
       .def_prop_ro("kv_nbytes", &Session::kv_nbytes)
       .def_prop_ro("scratch_nbytes", &Session::scratch_nbytes)
       .def_prop_ro("threads", &Session::threads)

@@ -10,6 +10,7 @@
 #include "bindings/bindings.h"
 #include "bindings/packed.h"
 #include "edgewise/kernels.h"
+#include "edgewise/model.h"
 #include "edgewise/pack.h"
 
 namespace nb = nanobind;
@@ -156,6 +157,13 @@ void bind_kernels(nb::module_& m) {
       .def_static("of_blocks", [](const std::string& type) { return packed_format_of(block_type(type)); }, nb::arg("type"))
       .def("nbytes", [](const PackedFormat& f, size_t rows, size_t cols) { return packed_nbytes(f, rows, cols); },
            nb::arg("rows"), nb::arg("cols"), "Bytes of a packed (rows, cols) matrix")
+      .def("in_columns", [](PackedFormat f) {
+             if (!fits_columns(f)) throw std::invalid_argument("no kernel for weights of this format in columns: 4 or 8 bits, a scale for at least 32 inputs");
+             f.columns = true;
+             return f;
+           }, "The same codes and scales, input by input")
+      .def_prop_ro("columns", [](const PackedFormat& f) { return f.columns; })
+      .def_prop_ro("bits", [](const PackedFormat& f) { return f.bits; })
       .def_prop_ro("quantised", &PackedFormat::quantised);
 
   nb::class_<PackedMatrix>(m, "PackedMatrix", "A packed weight over bytes that stay alive with it")
@@ -210,6 +218,48 @@ void bind_kernels(nb::module_& m) {
           nb::gil_scoped_release release;
           pack_codes(format, codes.data(), scales.data(), minima.data(), group, rows, cols, 0, (rows + kLanes - 1) / kLanes, out.data());
         }, nb::arg("format"), nb::arg("codes"), nb::arg("scales"), nb::arg("minima"), nb::arg("group"), nb::arg("out"));
+  m.def("pack_columns", [](const PackedFormat& format, Vector<uint8_t> panels, size_t rows, size_t cols, Output<uint8_t> out) {
+          PackedFormat dense = format;
+          dense.columns = false;
+          if (!format.columns || panels.size() != packed_nbytes(dense, rows, cols))
+            throw std::invalid_argument("pack_columns: expected a format in columns, and panels of (" + std::to_string(rows) + ", " + std::to_string(cols) + ")");
+          check_output(format, rows, cols, out);
+          nb::gil_scoped_release release;
+          pack_columns(format, panels.data(), rows, cols, 0, (rows + format.slab_rows() - 1) / format.slab_rows(), out.data());
+        }, nb::arg("format"), nb::arg("panels"), nb::arg("rows"), nb::arg("cols"), nb::arg("out"));
+  m.def("multiply_columns", [](const PackedMatrix& w, Vector<float> x, Vector<float> thresholds, Output<float> y, const std::string& tier) {
+          const Kernels& table = kernels(tier_of(tier));
+          if (!w.format.columns || x.size() != w.cols || thresholds.size() != w.cols || y.size() != w.rows)
+            throw std::invalid_argument("multiply_columns: a weight in columns, x and thresholds (cols,), y (rows,)");
+          const ChosenInputs inputs(w, thresholds.data());
+          Activations a;
+          a.tokens = 1;
+          a.cols = w.cols;
+          std::vector<uint8_t> codes(Activations::nbytes_int8(1, w.cols, 1)), buffer(Chosen::nbytes(w.cols));
+          a.place_int8(codes.data());
+          table.rows.quantise(x.data(), 0, w.cols, a, 0);
+          Chosen chosen;
+          chosen.place(buffer.data(), w.cols);
+          table.columns.choose(x.data(), w.cols, inputs.threshold.data(), inputs.offset.data(), a, chosen, nullptr);
+          std::vector<float> out(w.panels() * kLanes);
+          for (size_t slab = 0; slab < w.slabs(); ++slab)
+            table.columns.multiply(w, slab, chosen, {out.data() + slab * w.format.slab_rows(), 0}, nullptr, nullptr, nullptr);
+          std::memcpy(y.data(), out.data(), w.rows * sizeof(float));
+          return chosen.count;
+        }, nb::arg("w"), nb::arg("x"), nb::arg("thresholds"), nb::arg("y"), nb::arg("tier"),
+        "y (rows,) = W x over the inputs whose |x| is above their threshold; returns how many these are");
+  m.def("panels_of", [](const PackedMatrix& w, Output<uint8_t> out, const std::string& tier) {
+          PackedFormat dense = w.format;
+          dense.columns = false;
+          check_output(dense, w.rows, w.cols, out);
+          std::vector<uint8_t> slab(w.format.slab_panels() * dense.panel_nbytes(w.cols));
+          const size_t nbytes = dense.panel_nbytes(w.cols);
+          for (size_t i = 0; i < w.slabs(); ++i) {
+            kernels(tier_of(tier)).columns.panels(w, i, slab.data());
+            const size_t first = i * w.format.slab_panels(), count = std::min(w.format.slab_panels(), w.panels() - first);
+            std::memcpy(out.data() + first * nbytes, slab.data(), count * nbytes);
+          }
+        }, nb::arg("w"), nb::arg("out"), nb::arg("tier"), "A weight in columns as panels, by a tier's kernel");
   m.def("pack_sparse", [](const PackedFormat& format, Matrix<uint8_t> codes, Matrix<uint8_t> places, Matrix<float> scales,
                           Matrix<float> minima, size_t group, Output<uint8_t> out) {
           const size_t rows = codes.shape(0), cols = 2 * codes.shape(1);

@@ -38,6 +38,7 @@ void Session::plan_weights(size_t thread) {
   };
   for (size_t i = 0; i < layers; ++i) {
     const Layer& layer = model_->layers[i];
+    if (in_columns(layer)) continue;  // which ones is known when its inputs are
     if (layer.attends()) {
       in_turn(phase_of(i, kQueriesKeysValues), {&layer.q, &layer.k, &layer.v});
       in_turn(phase_of(i, kOut), {&layer.o});

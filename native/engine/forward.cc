@@ -27,6 +27,7 @@ void Session::embed(size_t thread) {
 
 void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens) {
   if (thread == 0 && profile_.on()) profile_.mark(operator_of(phase));
+  if (works[0].linear->weight.format.columns) return multiply_unpacked(thread, works, n, inputs, tokens);
   if (tokens == 1 && count_ == 1 && phase != kUnplanned) {
     multiply_one(thread, phase, works, n, inputs);
     return wait(thread);
@@ -67,6 +68,7 @@ void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n,
 // down: where the results go as inputs of the next linear, tile by tile; null: into rows of ffn_.
 void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase, Inputs* down) {
   mark(thread, Operator::GateUp);
+  if (in_columns(layer)) return gate_and_up_unpacked(layer, k, inputs, thread, down);
   if (count_ == 1) {
     gate_and_up_one(layer, k, inputs, thread, phase);
     return wait(thread);
@@ -148,6 +150,7 @@ bool Session::leaves_norm(size_t index, size_t last) const {
 // Layers first .. last - 1 are run one after the other; of a layer that is run alone, only some parts.
 void Session::run_layer(size_t index, size_t thread, size_t first, size_t last, unsigned parts) {
   const Layer& layer = model_->layers[index];
+  if (decoding_ && in_columns(layer) && parts == kWhole) return run_columns(index, thread);
   const LayerKernels& k = layer_kernels_[index];
   const size_t hidden = model_->hidden;
   // The input of a part: normed before it, or, where norms come after, normed in place now if that is still to be done.

@@ -12,7 +12,7 @@ const Kernels& kernels(Tier tier) {
 #define EDGEWISE_TIER(tier, name)                                                                                \
   case Tier::tier: {                                                                                             \
     static const Kernels table = {Tier::tier, &name::matmul_kernel, name::row_kernels(), name::attention_kernels(),  \
-                                  name::integer_kernels()};                                                          \
+                                  name::integer_kernels(), name::column_kernels()};                                  \
     return table;                                                                                                \
   }
 #include "edgewise/tiers.inc"

@@ -10,6 +10,7 @@
 namespace edgewise {
 
 size_t packed_nbytes(const PackedFormat& format, size_t rows, size_t cols) {
+  if (format.columns) return (rows + format.slab_rows() - 1) / format.slab_rows() * format.slab_nbytes(cols);
   return (rows + kLanes - 1) / kLanes * format.panel_nbytes(cols);
 }
 
@@ -307,6 +308,69 @@ void pack_sparse(const PackedFormat& format, const uint8_t* codes, const uint8_t
   }
 }
 
+bool fits_columns(const PackedFormat& format) {
+  return format.element == Element::Integer && (format.bits == 4 || format.bits == 8) && format.sub_group == 32 && !format.sparse &&
+         (format.scale == ScaleType::Float16 || format.scale == ScaleType::Float32);
+}
+
+namespace {
+
+// Where the code of a row lies among the 64 bytes of an input.
+size_t column_byte(size_t row) { return row % 16 / 4 * 16 + row / 16 % 4 * 4 + row % 4; }
+
+void unpack_column_row(const PackedMatrix& w, size_t row, float* out) {
+  const PackedFormat& format = w.format;
+  const size_t rows = format.slab_rows(), inputs = (w.cols + kBlock - 1) / kBlock * kBlock, step = column_step(inputs);
+  const uint8_t* base = w.slab(row / rows);
+  const uint8_t* columns = base + format.slab_scales_nbytes(w.cols);
+  const size_t scale_nbytes = format.scale_nbytes(), minimum = format.minimum_nbytes(), inside = row % rows;
+  const size_t panel = inside / kLanes, lane = inside % kLanes;
+  const float offset = format.has_min ? 0.0f : static_cast<float>(1 << (format.bits - 1));
+  for (size_t k = 0; k < w.cols; ++k) {
+    const uint8_t* scales = base + k / format.record_inputs * rows * (scale_nbytes + minimum);
+    const uint8_t byte = columns[k * step % inputs * 64 + column_byte(inside % 64)];
+    const int code = format.bits == 8 ? byte : inside >= 64 ? byte >> 4 : byte & 15;
+    const float scale = get_scale(format, scales + panel * kLanes * scale_nbytes, lane);
+    const float least = format.has_min ? get_minimum(format, scales + rows * scale_nbytes + panel * kLanes * minimum, lane, scale) : 0.0f;
+    out[k] = scale * (static_cast<float>(code) - offset) + least;
+  }
+}
+
+}  // namespace
+
+void pack_columns(const PackedFormat& format, const uint8_t* panels, size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out) {
+  PackedFormat dense = format;
+  dense.columns = false;
+  const size_t slab_rows = format.slab_rows(), slab_nbytes = format.slab_nbytes(cols), panel_nbytes = dense.panel_nbytes(cols);
+  const size_t inputs = (cols + kBlock - 1) / kBlock * kBlock, step = column_step(inputs), per_record = format.record_inputs / kBlock;
+  const size_t scale = format.scale_nbytes(), minimum = format.minimum_nbytes(), record = slab_rows * (scale + minimum);
+  for (size_t slab = begin; slab < end; ++slab) {
+    uint8_t* base = out + slab * slab_nbytes;
+    uint8_t* columns = base + format.slab_scales_nbytes(cols);
+    std::memset(base, 0, slab_nbytes);
+    for (size_t k = 0; k < format.slab_panels(); ++k) {
+      const size_t panel = slab * format.slab_panels() + k;
+      if (panel * kLanes >= rows) break;
+      for (size_t b = 0; b < inputs / kBlock; ++b) {
+        const uint8_t* head = panels + panel * panel_nbytes + b / per_record * dense.record_nbytes(per_record);
+        if (b % per_record == 0) {
+          uint8_t* scales = base + b / per_record * record;
+          std::memcpy(scales + k * kLanes * scale, head, kLanes * scale);
+          std::memcpy(scales + slab_rows * scale + k * kLanes * minimum, head + kLanes * scale, kLanes * minimum);
+        }
+        const uint8_t* codes = head + dense.header_nbytes() + b % per_record * dense.block_nbytes();
+        for (size_t lane = 0; lane < kLanes; ++lane) {
+          const size_t row = k * kLanes + lane;
+          for (size_t i = 0; i < kBlock; ++i) {
+            const uint8_t code = get_code(dense, codes, lane, i);
+            columns[(b * kBlock + i) * step % inputs * 64 + column_byte(row % 64)] |= static_cast<uint8_t>(code << (row >= 64 ? 4 : 0));
+          }
+        }
+      }
+    }
+  }
+}
+
 void pack_floats(const PackedFormat& format, const uint8_t* values, size_t rows, size_t cols, size_t begin, size_t end,
                  uint8_t* out) {
   if (format.element == Element::Float32Rows) {
@@ -336,6 +400,7 @@ void pack_floats(const PackedFormat& format, const uint8_t* values, size_t rows,
 
 void unpack_row(const PackedMatrix& w, size_t row, float* out) {
   const PackedFormat& format = w.format;
+  if (format.columns) return unpack_column_row(w, row, out);
   const uint8_t* base = w.panel(row / kLanes);
   const size_t lane = row % kLanes;
   if (format.element == Element::Float32Rows) {

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "edgewise/pack.h"
 
@@ -59,7 +60,10 @@ MatmulKernel Session::kernel_for(const Linear& linear) {
   bfloats_ |= linear.input() == Input::BFloat16;
   integers_ |= linear.input() == Input::Integer;
   if (linear.integers) return kernels_.integer.matmul(linear.weight.format);
-  MatmulKernel kernel = kernels_.matmul(linear.weight.format, linear.input() == Input::Int8);
+  PackedFormat format = linear.weight.format;
+  columns_ |= format.columns;
+  format.columns = false;
+  MatmulKernel kernel = kernels_.matmul(format, linear.input() == Input::Int8);
   if (kernel == nullptr) throw std::invalid_argument("a weight has a packed format without a matmul kernel");
   return kernel;
 }
@@ -181,6 +185,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     logits_rows_ = std::clamp<size_t>(kLogitsNbytes / (logits_stride_ * 4), 1, kLanes);
     logits_ = Pages(logits_rows_ * logits_stride_ * 4);
   }
+  if (columns_) add_columns();
   reads_.resize(config_.threads);
   for (Reads& reads : reads_) reads.ahead.limit(config_.tuning);
   lengths_.assign(config_.slots, 0);
@@ -208,6 +213,8 @@ size_t Session::scratch_nbytes() const {
   for (const Pages& pages : thread_rows_) total += pages.nbytes();
   for (const Pages& pages : thread_attention_) total += pages.nbytes();
   for (const Pages& pages : thread_scores_) total += pages.nbytes();
+  for (const Pages& pages : thread_chosen_) total += pages.nbytes();
+  for (const Pages& pages : thread_slabs_) total += pages.nbytes();
   const size_t turns = rope_limit_ + (rope_limit_ < config_.context ? config_.batch : 0);
   for (const Rope& rope : model_->ropes) total += 2 * rope.inverse_frequency.size() * turns * sizeof(float);
   return total;
@@ -385,7 +392,14 @@ std::vector<Choice> Session::generate(size_t slot, Sampler& sampler, size_t n, c
   while (choices.size() < n) {
     if (pending_ >= 0) {  // the token sampled last is fed only when another is wanted
       const int32_t token = pending_;
-      prefill(slot, &token, 1);
+      const bool decoding = std::exchange(decoding_, true);
+      try {
+        prefill(slot, &token, 1);
+      } catch (...) {
+        decoding_ = decoding;
+        throw;
+      }
+      decoding_ = decoding;
     }
     if (!have_logits_) throw std::invalid_argument("generate() continues a prompt: call prefill() first");
     mark(0, Operator::Sampling);

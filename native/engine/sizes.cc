@@ -20,7 +20,31 @@ size_t PackedFormat::header_nbytes() const {
 
 size_t PackedFormat::record_nbytes(size_t blocks) const { return header_nbytes() + blocks * block_nbytes(); }
 
+size_t PackedFormat::slab_scales_nbytes(size_t cols) const {
+  const size_t records = (cols + record_inputs - 1) / record_inputs;
+  return (records * slab_rows() * (scale_nbytes() + minimum_nbytes()) + 63) / 64 * 64;
+}
+
+size_t PackedFormat::slab_nbytes(size_t cols) const {
+  return slab_scales_nbytes(cols) + (cols + kBlock - 1) / kBlock * kBlock * 64;
+}
+
+size_t column_step(size_t inputs) {
+  auto common = [](size_t a, size_t b) {
+    while (b != 0) {
+      const size_t rest = a % b;
+      a = b;
+      b = rest;
+    }
+    return a;
+  };
+  size_t step = inputs * 5 / 8 | 1;  // odd, so that lines of all places within a page are used alike
+  while (common(step, inputs) != 1) step += 2;
+  return step;
+}
+
 size_t PackedFormat::panel_nbytes(size_t cols) const {
+  if (columns) return slab_nbytes(cols);
   if (element == Element::BFloat16Pairs) return (cols + 1) / 2 * kLanes * 4;
   if (!quantised()) return kLanes * cols * (element == Element::Float32 || element == Element::Float32Rows ? 4 : 2);
   if (sparse) {
@@ -46,6 +70,26 @@ size_t Activations::nbytes_float(size_t tokens, size_t cols, size_t slots) {
 
 size_t Activations::nbytes_bfloat(size_t tokens, size_t cols, size_t slots) {
   return align64((tokens + slots - 1) / slots * slots * ((cols + kBlock - 1) / kBlock) * kBlock * 2);
+}
+
+size_t Chosen::nbytes(size_t cols) {
+  const size_t blocks = (cols + kBlock - 1) / kBlock;
+  return align64((blocks + 1) * 4) + align64(blocks * kBlock * 4) + align64(blocks * kBlock) + 3 * align64(blocks * 4);
+}
+
+void Chosen::place(uint8_t* buffer, size_t cols) {
+  blocks = (cols + kBlock - 1) / kBlock;
+  auto next = [&](size_t nbytes) {
+    uint8_t* field = buffer;
+    buffer += align64(nbytes);
+    return field;
+  };
+  until = reinterpret_cast<uint32_t*>(next((blocks + 1) * 4));
+  offset = reinterpret_cast<uint32_t*>(next(blocks * kBlock * 4));
+  q = reinterpret_cast<int8_t*>(next(blocks * kBlock));
+  negated_sum = reinterpret_cast<int32_t*>(next(blocks * 4));
+  sum = reinterpret_cast<float*>(next(blocks * 4));
+  scale = reinterpret_cast<float*>(next(blocks * 4));
 }
 
 void Activations::place_int8(uint8_t* buffer) {

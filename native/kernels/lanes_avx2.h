@@ -135,6 +135,10 @@ static inline Ints rescale(Ints x, Ints multiplier, int shift) {
 }
 
 static inline Codes load_codes(const uint8_t* p) { return {bytes32(p), bytes32(p + 32)}; }
+static inline void store_codes(uint8_t* p, Codes x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.b);
+}
 static inline Codes set1_codes(uint8_t x) {
   __m256i v = _mm256_set1_epi8(static_cast<char>(x));
   return {v, v};
@@ -224,6 +228,25 @@ static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
   __builtin_memcpy(&both, x, 4);
   const __m256i two = _mm256_set1_epi32(both);
   return {dot2_8(sum.a, pairs.a, two), dot2_8(sum.b, pairs.b, two)};
+}
+
+// Bit i: lane i of a is above that of b.
+static inline uint32_t above(Floats x, Floats y) {
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)), high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ));
+  return static_cast<uint32_t>(low | high << 8);
+}
+// Four columns side by side: byte j of lane 4 q + i of out[k] is byte 16 q + 4 k + i of columns[j].
+static inline void interleave(const Codes* columns, Codes* out) {
+  auto half = [&](__m256i Codes::* part) __attribute__((always_inline)) {
+    const __m256i low01 = _mm256_unpacklo_epi8(columns[0].*part, columns[1].*part), low23 = _mm256_unpacklo_epi8(columns[2].*part, columns[3].*part);
+    const __m256i high01 = _mm256_unpackhi_epi8(columns[0].*part, columns[1].*part), high23 = _mm256_unpackhi_epi8(columns[2].*part, columns[3].*part);
+    out[0].*part = _mm256_unpacklo_epi16(low01, low23);
+    out[1].*part = _mm256_unpackhi_epi16(low01, low23);
+    out[2].*part = _mm256_unpacklo_epi16(high01, high23);
+    out[3].*part = _mm256_unpackhi_epi16(high01, high23);
+  };
+  half(&Codes::a);
+  half(&Codes::b);
 }
 
 static inline float lowest_sum(__m128 a) {

@@ -101,6 +101,7 @@ static inline Ints rescale(Ints a, Ints multiplier, int shift) {
 }
 
 static inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline void store_codes(uint8_t* p, Codes a) { _mm512_storeu_si512(p, a.v); }
 static inline Codes set1_codes(uint8_t x) { return {_mm512_set1_epi8(static_cast<char>(x))}; }
 static inline Codes both(Codes a, Codes b) { return {_mm512_and_si512(a.v, b.v)}; }
 static inline Codes either(Codes a, Codes b) { return {_mm512_or_si512(a.v, b.v)}; }
@@ -161,6 +162,18 @@ static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
   auto even = [](__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); };
   return {_mm512_fmadd_ps(even(pairs.v), even(both), _mm512_fmadd_ps(odd(pairs.v), odd(both), sum.v))};
 #endif
+}
+
+// Bit i: lane i of a is above that of b.
+static inline uint32_t above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+// Four columns side by side: byte j of lane 4 q + i of out[k] is byte 16 q + 4 k + i of columns[j].
+static inline void interleave(const Codes* columns, Codes* out) {
+  const __m512i low01 = _mm512_unpacklo_epi8(columns[0].v, columns[1].v), low23 = _mm512_unpacklo_epi8(columns[2].v, columns[3].v);
+  const __m512i high01 = _mm512_unpackhi_epi8(columns[0].v, columns[1].v), high23 = _mm512_unpackhi_epi8(columns[2].v, columns[3].v);
+  out[0].v = _mm512_unpacklo_epi16(low01, low23);
+  out[1].v = _mm512_unpackhi_epi16(low01, low23);
+  out[2].v = _mm512_unpacklo_epi16(high01, high23);
+  out[3].v = _mm512_unpackhi_epi16(high01, high23);
 }
 
 static inline float lowest_sum(__m128 a) {

@@ -135,6 +135,9 @@ static inline Ints rescale(Ints x, Ints multiplier, int shift) {
 }
 
 static inline Codes load_codes(const uint8_t* p) { return each<Codes>([=](int i) { return vld1q_u8(p + 16 * i); }); }
+static inline void store_codes(uint8_t* p, Codes x) {
+  for (int i = 0; i < 4; ++i) vst1q_u8(p + 16 * i, x.v[i]);
+}
 static inline Codes set1_codes(uint8_t x) { return each<Codes>([=](int) { return vdupq_n_u8(x); }); }
 static inline Codes both(Codes x, Codes y) { return each<Codes>([&](int i) { return vandq_u8(x.v[i], y.v[i]); }); }
 static inline Codes either(Codes x, Codes y) { return each<Codes>([&](int i) { return vorrq_u8(x.v[i], y.v[i]); }); }
@@ -245,6 +248,27 @@ static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
     const float32x4_t first = vfmaq_n_f32(sum.v[i], vreinterpretq_f32_u32(vandq_u32(v, high)), odd_x);
     return vfmaq_n_f32(first, vreinterpretq_f32_u32(vshlq_n_u32(v, 16)), even_x);
   });
+}
+
+// Bit i: lane i of a is above that of b.
+static inline uint32_t above(Floats x, Floats y) {
+  const uint32x4_t bits = {1, 2, 4, 8};
+  uint32_t mask = 0;
+  for (int i = 0; i < 4; ++i) mask |= vaddvq_u32(vandq_u32(vcgtq_f32(x.v[i], y.v[i]), bits)) << 4 * i;
+  return mask;
+}
+// Four columns side by side: byte j of lane 4 q + i of out[k] is byte 16 q + 4 k + i of columns[j].
+static inline void interleave(const Codes* columns, Codes* out) {
+  for (int q = 0; q < 4; ++q) {
+    const uint16x8_t low01 = vreinterpretq_u16_u8(vzip1q_u8(columns[0].v[q], columns[1].v[q]));
+    const uint16x8_t low23 = vreinterpretq_u16_u8(vzip1q_u8(columns[2].v[q], columns[3].v[q]));
+    const uint16x8_t high01 = vreinterpretq_u16_u8(vzip2q_u8(columns[0].v[q], columns[1].v[q]));
+    const uint16x8_t high23 = vreinterpretq_u16_u8(vzip2q_u8(columns[2].v[q], columns[3].v[q]));
+    out[0].v[q] = vreinterpretq_u8_u16(vzip1q_u16(low01, low23));
+    out[1].v[q] = vreinterpretq_u8_u16(vzip2q_u16(low01, low23));
+    out[2].v[q] = vreinterpretq_u8_u16(vzip1q_u16(high01, high23));
+    out[3].v[q] = vreinterpretq_u8_u16(vzip2q_u16(high01, high23));
+  }
 }
 
 // Sum of lanes, halves folded onto each other: 8, 4, 2, 1.

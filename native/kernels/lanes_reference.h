@@ -114,6 +114,9 @@ static inline Ints rescale(Ints a, Ints multiplier, int shift) {
 }
 
 static inline Codes load_codes(const uint8_t* p) { return each_code([=](int i) { return p[i]; }); }
+static inline void store_codes(uint8_t* p, Codes a) {
+  for (int i = 0; i < 64; ++i) p[i] = a.v[i];
+}
 static inline Codes set1_codes(uint8_t x) { return each_code([=](int) { return x; }); }
 static inline Codes both(Codes a, Codes b) { return each_code([&](int i) { return a.v[i] & b.v[i]; }); }
 static inline Codes either(Codes a, Codes b) { return each_code([&](int i) { return a.v[i] | b.v[i]; }); }
@@ -168,6 +171,17 @@ static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
     auto half = [&](int j) { return bf16_to_float(static_cast<uint16_t>(pairs.v[4 * i + 2 * j] | pairs.v[4 * i + 2 * j + 1] << 8)); };
     return fused(half(0), bf16_to_float(x[0]), fused(half(1), bf16_to_float(x[1]), sum.v[i]));
   });
+}
+
+// Bit i: lane i of a is above that of b.
+static inline uint32_t above(Floats a, Floats b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<uint32_t>(a.v[i] > b.v[i]) << i;
+  return mask;
+}
+// Four columns side by side: byte j of lane 4 q + i of out[k] is byte 16 q + 4 k + i of columns[j].
+static inline void interleave(const Codes* columns, Codes* out) {
+  for (int k = 0; k < 4; ++k) out[k] = each_code([=](int i) { return columns[i % 4].v[i / 16 * 16 + 4 * k + i % 16 / 4]; });
 }
 
 // Sum of lanes, halves folded onto each other: 8, 4, 2, 1.

@@ -189,6 +189,9 @@ static inline Ints rescale(Ints x, Ints multiplier, int shift) {
 }
 
 static inline Codes load_codes(const uint8_t* p) { return each<Codes>([=](int i) { return wasm_v128_load(p + 16 * i); }); }
+static inline void store_codes(uint8_t* p, Codes x) {
+  for (int i = 0; i < 4; ++i) wasm_v128_store(p + 16 * i, x.v[i]);
+}
 static inline Codes set1_codes(uint8_t x) { return each<Codes>([=](int) { return wasm_u8x16_splat(x); }); }
 static inline Codes both(Codes x, Codes y) { return each<Codes>([&](int i) { return wasm_v128_and(x.v[i], y.v[i]); }); }
 static inline Codes either(Codes x, Codes y) { return each<Codes>([&](int i) { return wasm_v128_or(x.v[i], y.v[i]); }); }
@@ -262,6 +265,26 @@ static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
     const v128_t first = multiply_add(wasm_v128_and(pairs.v[i], high), odd_x, sum.v[i]);
     return multiply_add(wasm_i32x4_shl(pairs.v[i], 16), even_x, first);
   });
+}
+
+// Bit i: lane i of a is above that of b.
+static inline uint32_t above(Floats x, Floats y) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 4; ++i) mask |= static_cast<uint32_t>(wasm_i32x4_bitmask(wasm_f32x4_gt(x.v[i], y.v[i]))) << 4 * i;
+  return mask;
+}
+// Four columns side by side: byte j of lane 4 q + i of out[k] is byte 16 q + 4 k + i of columns[j].
+static inline void interleave(const Codes* columns, Codes* out) {
+  auto low8 = [](v128_t a, v128_t b) { return wasm_i8x16_shuffle(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); };
+  auto high8 = [](v128_t a, v128_t b) { return wasm_i8x16_shuffle(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); };
+  for (int q = 0; q < 4; ++q) {
+    const v128_t low01 = low8(columns[0].v[q], columns[1].v[q]), low23 = low8(columns[2].v[q], columns[3].v[q]);
+    const v128_t high01 = high8(columns[0].v[q], columns[1].v[q]), high23 = high8(columns[2].v[q], columns[3].v[q]);
+    out[0].v[q] = wasm_i16x8_shuffle(low01, low23, 0, 8, 1, 9, 2, 10, 3, 11);
+    out[1].v[q] = wasm_i16x8_shuffle(low01, low23, 4, 12, 5, 13, 6, 14, 7, 15);
+    out[2].v[q] = wasm_i16x8_shuffle(high01, high23, 0, 8, 1, 9, 2, 10, 3, 11);
+    out[3].v[q] = wasm_i16x8_shuffle(high01, high23, 4, 12, 5, 13, 6, 14, 7, 15);
+  }
 }
 
 static inline v128_t second(v128_t x) { return wasm_i32x4_shuffle(x, x, 1, 1, 1, 1); }

@@ -87,6 +87,7 @@ void check_rows(Tier tier, const RowKernels& found, const RowKernels& expected);
 void check_matmuls(Tier tier, const Kernels& found, const Kernels& reference);
 void check_attention(Tier tier, const AttentionKernels& found, const AttentionKernels& reference);
 void check_integers(Tier tier, const IntegerKernels& found, const IntegerKernels& reference);
+void check_columns(Tier tier, const Kernels& found, const Kernels& reference);
 
 // A panel of random codes under finite scales.
 void fill_panel(Random& random, const PackedFormat& format, size_t cols, uint8_t* p, size_t nbytes);

@@ -290,6 +290,7 @@ void check_lanes(Tier tier, const LaneFunctions& found) {
     }
   }
   Case look_up(tier, "look_up, byte_of"), shifts(tier, "shifts of codes"), dot(tier, "dot4"), full(tier, "dot4_full");
+  Case beside(tier, "interleave"), higher(tier, "above");
   Case selected(tier, "dot4_selected"), plain(tier, "dot4_unsigned"), narrow_plain(tier, "dot4_unsigned_narrow"), scaled(tier, "rescale");
   for (int round = 0; round < 500; ++round) {
     const std::vector<uint8_t> codes = filled<uint8_t>(512, [&] { return random.byte(); });
@@ -297,6 +298,16 @@ void check_lanes(Tier tier, const LaneFunctions& found) {
     found.look_up(values.data(), codes.data(), out);
     reference.look_up(values.data(), codes.data(), expected);
     look_up.floats(out, expected, 64, "any table");
+    float side[256], wanted_side[256], a[16], b[16];
+    found.interleave(codes.data(), side);
+    reference.interleave(codes.data(), wanted_side);
+    beside.floats(side, wanted_side, 256, "bytes");
+    for (int i = 0; i < 16; ++i) {
+      a[i] = round % 2 ? random.bits() : static_cast<float>(random.below(3));
+      b[i] = round % 2 ? random.bits() : static_cast<float>(random.below(3));
+    }
+    const uint32_t mask = found.above(a, b), wanted_mask = reference.above(a, b);
+    higher.same(&mask, &wanted_mask, 1, "mask");
     const int n = random.below(8);
     float left[64], wanted[64];
     found.shift_codes(codes.data(), n, static_cast<uint8_t>(255 >> n), out, left);

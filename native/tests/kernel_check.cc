@@ -12,7 +12,7 @@ namespace {
 
 void check_tier(Tier tier, const Kernels& found, const LaneFunctions& lanes) {
   const Kernels reference{Tier::Reference, &reference::matmul_kernel, reference::row_kernels(), reference::attention_kernels(),
-                          reference::integer_kernels()};
+                          reference::integer_kernels(), reference::column_kernels()};
   const int before = passed;
   check_fma(tier, lanes);  // the reference tier's too: it is what the others are held to
   if (tier != Tier::Reference) {
@@ -21,6 +21,7 @@ void check_tier(Tier tier, const Kernels& found, const LaneFunctions& lanes) {
     check_matmuls(tier, found, reference);
     check_attention(tier, found.attention, reference.attention);
     check_integers(tier, found.integer, reference.integer);
+    check_columns(tier, found, reference);
   }
   std::printf("%s: %d cases equal\n", tier_name(tier), passed - before);
   std::fflush(stdout);
@@ -43,7 +44,8 @@ int main(int count, char** arguments) {
   }
 #define EDGEWISE_TIER(tier, name) \
   if (Tier::tier <= best)         \
-    check_tier(Tier::tier, {Tier::tier, &name::matmul_kernel, name::row_kernels(), name::attention_kernels(), name::integer_kernels()},    \
+    check_tier(Tier::tier, {Tier::tier, &name::matmul_kernel, name::row_kernels(), name::attention_kernels(), name::integer_kernels(),    \
+                             name::column_kernels()},                                                                   \
                name::lane_functions());
 #include "edgewise/tiers.inc"
 #undef EDGEWISE_TIER

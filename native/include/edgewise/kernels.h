@@ -32,6 +32,32 @@ struct Products {
 using MatmulKernel = void (*)(const PackedMatrix& w, size_t panel, size_t panels, const Activations& x, size_t tile,
                               size_t slot, size_t count, const Products& out, const Ahead& ahead);
 
+// Which inputs of a token are read: those above their thresholds, four at a time within a block of 32.
+struct Chosen {
+  size_t blocks = 0, count = 0;     // count: inputs that are read
+  uint32_t* until = nullptr;        // (blocks + 1): quads before each block, and all of them
+  uint32_t* offset = nullptr;       // (4 each quad): bytes from the first column of a slab; past a block's last one, that one
+  int8_t* q = nullptr;              // (4 each quad): codes of the inputs; past a block's last one, zero
+  int32_t* negated_sum = nullptr;   // of the codes that are read, by block
+  float *sum = nullptr, *scale = nullptr;
+  EDGEWISE_INLINE size_t quads() const { return until[blocks]; }
+  static size_t nbytes(size_t cols);
+  void place(uint8_t* buffer, size_t cols);
+};
+
+// Weights in columns. A slab's results are those of its rows that exist, in whole panels.
+struct ColumnKernels {
+  // values: (cols) of a token; threshold, offset: (whole blocks), no input beyond cols passes. x: the same values in codes.
+  // An input is read where |value| > threshold. rest, where given: (whole blocks) the values of the others, and zeros.
+  void (*choose)(const float* values, size_t cols, const float* threshold, const uint32_t* offset, const Activations& x,
+                 Chosen& chosen, float* rest);
+  // Rows of a slab times the inputs that are read. next: the slab read after it, of whichever matrix, and what of it.
+  void (*multiply)(const PackedMatrix& w, size_t slab, const Chosen& x, const Products& out, const uint8_t* next,
+                   const PackedMatrix* next_of, const Chosen* next_x);
+  // A slab as panels, slab_panels() of them, to be multiplied with many tokens.
+  void (*panels)(const PackedMatrix& w, size_t slab, uint8_t* out);
+};
+
 enum class Gate { Silu, Gelu, GeluTanh, Relu };
 
 // Keys and values of one head: positions in tiles of 16 (keys) and one after the other (values). Of bfloat16, keys lie in
@@ -157,6 +183,7 @@ struct Kernels {
   RowKernels rows;
   AttentionKernels attention;
   IntegerKernels integer;
+  ColumnKernels columns;
 };
 
 // The table of a tier that this processor can run.
@@ -168,6 +195,7 @@ const Kernels& kernels(Tier tier);
   RowKernels row_kernels();                                                 \
   AttentionKernels attention_kernels();                                     \
   IntegerKernels integer_kernels();                                         \
+  ColumnKernels column_kernels();                                           \
   }
 #include "edgewise/tiers.inc"
 #undef EDGEWISE_TIER

@@ -28,6 +28,17 @@ std::shared_ptr<const Integers> integers_of(const PackedMatrix& weight, const st
 // Bits to shift by, so that factor * 2^shift has 30 bits: 1 to 62.
 int shift_of(double factor);
 
+struct Linear;
+
+// Which inputs of a linear are read when a token is decoded, of a weight in columns: those whose |x| is above a threshold.
+// The others go through a product of low rank, where there is one: out (in x).
+struct ChosenInputs {
+  std::vector<float> threshold;   // whole blocks of 32, infinite where there is no input
+  std::vector<uint32_t> offset;   // of each input's codes in a slab
+  std::shared_ptr<const Linear> in, out;  // (rank, cols), (rows, rank); or absent
+  ChosenInputs(const PackedMatrix& weight, const float* thresholds);
+};
+
 struct Linear {
   PackedMatrix weight;
   std::vector<float> bias;  // (rows), with zeros up to whole panels; or empty
@@ -37,6 +48,7 @@ struct Linear {
   bool present() const { return weight.data != nullptr; }
   bool int8 = true;  // inputs are rounded to int8 per 32, where the weight is quantised
   std::shared_ptr<const Integers> integers;  // inputs are on a grid; the bias is in there
+  std::shared_ptr<const ChosenInputs> chosen;  // the weight lies in columns
   Input input() const {
     if (integers) return Input::Integer;
     if (weight.format.element == Element::BFloat16Pairs) return Input::BFloat16;

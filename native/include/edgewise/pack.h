@@ -24,6 +24,11 @@ void pack_codes(const PackedFormat& format, const uint8_t* codes, const float* s
 void pack_sparse(const PackedFormat& format, const uint8_t* codes, const uint8_t* places, const float* scales, const float* minima,
                  size_t group, size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out);
 
+// A matrix in panels, whose format is `format` without columns, in columns. Slabs [begin, end) are written.
+void pack_columns(const PackedFormat& format, const uint8_t* panels, size_t rows, size_t cols, size_t begin, size_t end, uint8_t* out);
+// Whether kernels take weights of this format in columns: integers of 4 or 8 bits, one scale for at least 32 inputs.
+bool fits_columns(const PackedFormat& format);
+
 // values: (rows, cols) float32, float16 or bfloat16 as the format's element says; in pairs, those below 2^-56 become zero.
 void pack_floats(const PackedFormat& format, const uint8_t* values, size_t rows, size_t cols, size_t begin, size_t end,
                  uint8_t* out);

@@ -14,6 +14,13 @@
 // as a block of eight loads above.
 // A float panel is K columns of 16 values; of bfloat16 pairs, K / 2 columns of two inputs of each row. Float32Rows are
 // sixteen rows of K values: a table to look rows up in, for no kernel.
+//
+// Columns: where a token reads only some of the inputs, the codes of one input lie together, for as many rows as fill 64
+// bytes: a slab of 128 rows at four bits, 64 at eight. A slab holds its scales, record by record (those of all its rows,
+// then their minima; up to a whole 64 bytes), then 64 bytes for each input, inputs filled up to whole blocks of 32. Input c
+// lies at place c * step mod inputs: one after the other, inputs are far apart, since of runs of lines with gaps hardware
+// fetches the gaps too. Of an input, row 16 k + 4 q + i of 64 rows is byte 16 q + 4 k + i, which makes putting four inputs
+// side by side two steps within 16 bytes; at four bits rows 64 .. 127 are the high nibbles.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -45,6 +52,7 @@ struct PackedFormat {
   uint32_t record_inputs = 32; // inputs whose scales lie in one record: a multiple of 32; Nested: 256; sparse: of 128
   bool zero_points = false;    // a minimum is stored as a byte z: value = scale * (code - z)
   bool sparse = false;         // two of every four inputs are kept
+  bool columns = false;        // codes lie input by input
   uint32_t sparse_group = 128; // inputs that share a scale of a sparse weight: 32, 64 or the whole record
   int8_t table[16] = {};       // Element::Table: value = scale * table[code]
 
@@ -53,6 +61,10 @@ struct PackedFormat {
   EDGEWISE_INLINE size_t scale_nbytes() const { return scale == ScaleType::Float32 ? 4 : scale == ScaleType::Exponent ? 1 : 2; }
   EDGEWISE_INLINE size_t minimum_nbytes() const { return !has_min ? 0 : zero_points ? 1 : scale_nbytes(); }
   EDGEWISE_INLINE size_t unit_nbytes() const { return 3 * 64 + 2 * block_nbytes(); }  // of 128 sparse inputs
+  EDGEWISE_INLINE size_t slab_rows() const { return 512 / bits; }  // of columns
+  EDGEWISE_INLINE size_t slab_panels() const { return slab_rows() / kLanes; }
+  size_t slab_scales_nbytes(size_t cols) const;
+  size_t slab_nbytes(size_t cols) const;
   size_t scales() const;                    // of a row in a record
   size_t header_nbytes() const;             // scales and minima of a record
   size_t record_nbytes(size_t blocks) const;
@@ -87,7 +99,13 @@ struct PackedMatrix {
 
   EDGEWISE_INLINE size_t panels() const { return (rows + kLanes - 1) / kLanes; }
   EDGEWISE_INLINE const uint8_t* panel(size_t index) const { return data + index * panel_nbytes; }
+  // Of columns, where panel_nbytes is what a slab takes.
+  EDGEWISE_INLINE size_t slabs() const { return (rows + format.slab_rows() - 1) / format.slab_rows(); }
+  EDGEWISE_INLINE const uint8_t* slab(size_t index) const { return data + index * panel_nbytes; }
 };
+
+// Between the places of one input and the next, in a slab of columns. inputs: filled up to whole blocks.
+size_t column_step(size_t inputs);
 
 // Inputs of a matmul for up to `capacity` tokens, in tiles of `slots` (1 or 16) so that a kernel reads them in order.
 // For tile t, block b and slot s:  q[((t * blocks + b) * slots + s) * 32 ...], scale[(t * blocks + b) * slots + s].

@@ -61,6 +61,17 @@ class Session {
   void begin(const int32_t* tokens, const int32_t* slots, size_t count);
   void run_layers(size_t first, size_t last);
 
+  // Passes from here on decode: layers whose weights lie in columns read only the inputs above their thresholds, token by
+  // token. Prompts are dense, and so is forward(), unless this is on; generate() always decodes what it samples.
+  void set_decoding(bool on) { decoding_ = on; }
+  bool decoding() const { return decoding_; }
+  // What was read since the counts were last set to zero: per layer and linear (q, k, v, o, gate, up, down) the inputs that
+  // were above their thresholds, summed over the tokens that were decoded.
+  static constexpr size_t kCounted = 7;
+  const std::vector<uint64_t>& inputs_read() const { return inputs_read_; }
+  uint64_t tokens_decoded() const { return tokens_decoded_; }
+  void forget_counts();
+
   // One layer in four parts, of passes of at least two tokens: for callers that look at what lies between them and change
   // the weights before they are used. Attention: queries, keys, values and what they attend to; Output: the sum after it;
   // FeedForward: up to the inputs of Down (of experts: all of it); Down: the layer's result.
@@ -193,6 +204,26 @@ class Session {
     const uint8_t *keys, *values;
     int32_t first;  // position at which keys and values begin
   };
+
+  // A linear over one token whose inputs are chosen.
+  struct Choosing {
+    const Linear* linear;
+    Chosen chosen;
+    Activations residual;  // what the low rank's first matrix gives, as its second one wants it; unused without them
+  };
+  bool in_columns(const Layer& layer) const { return layer.up.weight.format.columns; }
+  void add_columns();
+  void run_columns(size_t index, size_t thread);
+  template <class Row>
+  void choose_inputs(size_t thread, size_t index, size_t first, std::initializer_list<const Linear*> linears, size_t token, Site site,
+                     Row row, Choosing* out);
+  void multiply_slab(const Choosing& of, size_t slab, float* y, bool add, const Choosing* next, size_t next_slab) const;
+  template <class Each>
+  void each_slab(size_t thread, size_t slabs, Each each);
+  void multiply_columns(size_t thread, const Choosing* of, const Work* works, size_t n, size_t token);
+  void multiply_unpacked(size_t thread, const Work* works, size_t n, const Inputs& inputs, size_t tokens);
+  void gate_and_up_unpacked(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, Inputs* down);
+  PackedMatrix unpacked(const PackedMatrix& w, size_t slab, size_t thread, size_t place) const;
 
   void mark(size_t thread, Operator now) {
     if (thread == 0 && profile_.on()) profile_.mark(now);
@@ -337,6 +368,12 @@ class Session {
   std::vector<Pages> thread_attention_;
   Pages partial_;                     // chunks of one token's attention
   size_t max_cols_ = 0;
+  bool decoding_ = false;
+  bool columns_ = false;                    // some layer's weights lie in columns
+  std::vector<uint64_t> inputs_read_;       // (layers, kCounted)
+  uint64_t tokens_decoded_ = 0;
+  std::vector<Pages> thread_chosen_;        // of each thread: chosen inputs of three linears, and what their low rank needs
+  std::vector<Pages> thread_slabs_;         // ... two slabs as panels
   bool bfloats_ = false;  // some linear takes bfloat16 inputs
   bool integers_ = false; // ... inputs on a grid
   std::vector<Pages> thread_scores_;  // of integer attention

@@ -38,6 +38,9 @@ struct LaneFunctions {
   // Sixteen inputs, of which each of 64 weights selects one by its index; over `count` registers of both.
   void (*dot4_selected)(const uint8_t* weights, const uint8_t* index, const int8_t* x, int count, float* out);
   void (*dot4_unsigned)(const int32_t* sums, const uint8_t* weights, const uint8_t* x, int count, bool narrow, float* out);
+  // Four columns of 64 codes, side by side.
+  void (*interleave)(const uint8_t* columns, float* out);
+  uint32_t (*above)(const float* a, const float* b);
   // clamp(rescale(a * b, multiplier, shift)), exact in the two halves of 16 bits.
   void (*rescale)(const int32_t* a, const int32_t* b, const int32_t* multiplier, int shift, float* low, float* high);
 };

@@ -84,6 +84,13 @@ LaneFunctions lane_functions() {
     }
     store(out, to_floats(total));
   };
+  f.interleave = [](const uint8_t* columns, float* out) {
+    Codes in[4], side[4];
+    for (int j = 0; j < 4; ++j) in[j] = load_codes(columns + 64 * j);
+    interleave(in, side);
+    for (int k = 0; k < 4; ++k) write_bytes(side[k], out + 64 * k);
+  };
+  f.above = [](const float* a, const float* b) { return above(load(a), load(b)); };
   f.rescale = [](const int32_t* a, const int32_t* b, const int32_t* multiplier, int shift, float* low, float* high) {
     const Ints r = rescale(mul(load_ints(a), load_ints(b)), load_ints(multiplier), shift);
     store(low, to_floats(clamp(r, -32768, 32767)));
