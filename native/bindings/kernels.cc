@@ -254,8 +254,9 @@ void bind_kernels(nb::module_& m) {
           check_output(dense, w.rows, w.cols, out);
           std::vector<uint8_t> slab(w.format.slab_panels() * dense.panel_nbytes(w.cols));
           const size_t nbytes = dense.panel_nbytes(w.cols);
+          const std::vector<uint32_t> offsets = column_offsets(w.cols);
           for (size_t i = 0; i < w.slabs(); ++i) {
-            kernels(tier_of(tier)).columns.panels(w, i, slab.data());
+            kernels(tier_of(tier)).columns.panels(w, i, offsets.data(), slab.data());
             const size_t first = i * w.format.slab_panels(), count = std::min(w.format.slab_panels(), w.panels() - first);
             std::memcpy(out.data() + first * nbytes, slab.data(), count * nbytes);
           }

@@ -24,10 +24,8 @@ size_t panels_in(const PackedMatrix& w, size_t slab) {
 }  // namespace
 
 ChosenInputs::ChosenInputs(const PackedMatrix& weight, const float* thresholds)
-    : threshold(whole_blocks(weight.cols), std::numeric_limits<float>::infinity()), offset(threshold.size()) {
+    : threshold(whole_blocks(weight.cols), std::numeric_limits<float>::infinity()), offset(column_offsets(weight.cols)) {
   std::copy_n(thresholds, weight.cols, threshold.begin());
-  const size_t step = column_step(offset.size());
-  for (size_t i = 0; i < offset.size(); ++i) offset[i] = static_cast<uint32_t>(i * step % offset.size() * 64);
 }
 
 void Session::add_columns() {
@@ -216,7 +214,8 @@ void Session::run_columns(size_t index, size_t thread) {
 }
 
 // A slab as a matrix in panels, in the thread's own memory. place: 0 or 1, which half of it.
-PackedMatrix Session::unpacked(const PackedMatrix& w, size_t slab, size_t thread, size_t place) const {
+PackedMatrix Session::unpacked(const Linear& linear, size_t slab, size_t thread, size_t place) const {
+  const PackedMatrix& w = linear.weight;
   PackedMatrix made;
   made.format = w.format;
   made.format.columns = false;
@@ -225,7 +224,7 @@ PackedMatrix Session::unpacked(const PackedMatrix& w, size_t slab, size_t thread
   made.panel_nbytes = made.format.panel_nbytes(w.cols);
   made.nbytes = made.panels() * made.panel_nbytes;
   uint8_t* data = thread_slabs_[thread].data() + place * thread_slabs_[thread].nbytes() / 2;
-  kernels_.columns.panels(w, slab, data);
+  kernels_.columns.panels(w, slab, linear.chosen->offset.data(), data);
   made.data = data;
   return made;
 }
@@ -239,7 +238,7 @@ void Session::multiply_unpacked(size_t thread, const Work* works, size_t n, cons
     size_t i = 0, slab = item / blocks;
     for (; slab >= works[i].linear->weight.slabs(); ++i) slab -= works[i].linear->weight.slabs();
     const Work& work = works[i];
-    const PackedMatrix w = unpacked(work.linear->weight, slab, thread, 0);
+    const PackedMatrix w = unpacked(*work.linear, slab, thread, 0);
     const Activations& x = inputs.of(*work.linear);
     const size_t panel = slab * w.format.slab_panels(), block = item % blocks;
     for (size_t tile = tiles * block / blocks; tile < tiles * (block + 1) / blocks; ++tile)
@@ -256,8 +255,8 @@ void Session::gate_and_up_unpacked(const Layer& layer, const LayerKernels& k, co
   float gate[kLanes * kMostPanels * kLanes], local[kLanes * kMostPanels * kLanes];
   for (size_t item; (item = pool_.take(1)) < layer.up.weight.slabs() * blocks;) {
     const size_t slab = item / blocks, block = item % blocks;
-    const PackedMatrix up_panels = unpacked(layer.up.weight, slab, thread, 0);
-    const PackedMatrix gate_panels = gated ? unpacked(layer.gate.weight, slab, thread, 1) : PackedMatrix{};
+    const PackedMatrix up_panels = unpacked(layer.up, slab, thread, 0);
+    const PackedMatrix gate_panels = gated ? unpacked(layer.gate, slab, thread, 1) : PackedMatrix{};
     const size_t n = up_panels.panels(), width = n * kLanes, panel = slab * layer.up.weight.format.slab_panels();
     for (size_t tile = tiles * block / blocks; tile < tiles * (block + 1) / blocks; ++tile) {
       const size_t count = std::min(x.slots, count_ - tile * x.slots), stride = down == nullptr ? ffn_stride_ : width;

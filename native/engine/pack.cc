@@ -308,6 +308,20 @@ void pack_sparse(const PackedFormat& format, const uint8_t* codes, const uint8_t
   }
 }
 
+std::vector<uint32_t> column_offsets(size_t cols) {
+  const size_t inputs = (cols + kBlock - 1) / kBlock * kBlock;
+  std::vector<uint32_t> offsets(inputs);
+  for (size_t i = 0; i < inputs; ++i) offsets[i] = static_cast<uint32_t>(64 * i);
+  uint64_t state = inputs;
+  for (size_t i = inputs; i > 1; --i) {  // Fisher and Yates, on splitmix64
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    std::swap(offsets[i - 1], offsets[(z ^ (z >> 31)) % i]);
+  }
+  return offsets;
+}
+
 bool fits_columns(const PackedFormat& format) {
   return format.element == Element::Integer && (format.bits == 4 || format.bits == 8) && format.sub_group == 32 && !format.sparse &&
          (format.scale == ScaleType::Float16 || format.scale == ScaleType::Float32);
@@ -320,7 +334,8 @@ size_t column_byte(size_t row) { return row % 16 / 4 * 16 + row / 16 % 4 * 4 + r
 
 void unpack_column_row(const PackedMatrix& w, size_t row, float* out) {
   const PackedFormat& format = w.format;
-  const size_t rows = format.slab_rows(), inputs = (w.cols + kBlock - 1) / kBlock * kBlock, step = column_step(inputs);
+  const size_t rows = format.slab_rows();
+  const std::vector<uint32_t> offsets = column_offsets(w.cols);
   const uint8_t* base = w.slab(row / rows);
   const uint8_t* columns = base + format.slab_scales_nbytes(w.cols);
   const size_t scale_nbytes = format.scale_nbytes(), minimum = format.minimum_nbytes(), inside = row % rows;
@@ -328,7 +343,7 @@ void unpack_column_row(const PackedMatrix& w, size_t row, float* out) {
   const float offset = format.has_min ? 0.0f : static_cast<float>(1 << (format.bits - 1));
   for (size_t k = 0; k < w.cols; ++k) {
     const uint8_t* scales = base + k / format.record_inputs * rows * (scale_nbytes + minimum);
-    const uint8_t byte = columns[k * step % inputs * 64 + column_byte(inside % 64)];
+    const uint8_t byte = columns[offsets[k] + column_byte(inside % 64)];
     const int code = format.bits == 8 ? byte : inside >= 64 ? byte >> 4 : byte & 15;
     const float scale = get_scale(format, scales + panel * kLanes * scale_nbytes, lane);
     const float least = format.has_min ? get_minimum(format, scales + rows * scale_nbytes + panel * kLanes * minimum, lane, scale) : 0.0f;
@@ -342,7 +357,8 @@ void pack_columns(const PackedFormat& format, const uint8_t* panels, size_t rows
   PackedFormat dense = format;
   dense.columns = false;
   const size_t slab_rows = format.slab_rows(), slab_nbytes = format.slab_nbytes(cols), panel_nbytes = dense.panel_nbytes(cols);
-  const size_t inputs = (cols + kBlock - 1) / kBlock * kBlock, step = column_step(inputs), per_record = format.record_inputs / kBlock;
+  const size_t blocks = (cols + kBlock - 1) / kBlock, per_record = format.record_inputs / kBlock;
+  const std::vector<uint32_t> offsets = column_offsets(cols);
   const size_t scale = format.scale_nbytes(), minimum = format.minimum_nbytes(), record = slab_rows * (scale + minimum);
   for (size_t slab = begin; slab < end; ++slab) {
     uint8_t* base = out + slab * slab_nbytes;
@@ -351,7 +367,7 @@ void pack_columns(const PackedFormat& format, const uint8_t* panels, size_t rows
     for (size_t k = 0; k < format.slab_panels(); ++k) {
       const size_t panel = slab * format.slab_panels() + k;
       if (panel * kLanes >= rows) break;
-      for (size_t b = 0; b < inputs / kBlock; ++b) {
+      for (size_t b = 0; b < blocks; ++b) {
         const uint8_t* head = panels + panel * panel_nbytes + b / per_record * dense.record_nbytes(per_record);
         if (b % per_record == 0) {
           uint8_t* scales = base + b / per_record * record;
@@ -363,7 +379,7 @@ void pack_columns(const PackedFormat& format, const uint8_t* panels, size_t rows
           const size_t row = k * kLanes + lane;
           for (size_t i = 0; i < kBlock; ++i) {
             const uint8_t code = get_code(dense, codes, lane, i);
-            columns[(b * kBlock + i) * step % inputs * 64 + column_byte(row % 64)] |= static_cast<uint8_t>(code << (row >= 64 ? 4 : 0));
+            columns[offsets[b * kBlock + i] + column_byte(row % 64)] |= static_cast<uint8_t>(code << (row >= 64 ? 4 : 0));
           }
         }
       }

@@ -29,20 +29,6 @@ size_t PackedFormat::slab_nbytes(size_t cols) const {
   return slab_scales_nbytes(cols) + (cols + kBlock - 1) / kBlock * kBlock * 64;
 }
 
-size_t column_step(size_t inputs) {
-  auto common = [](size_t a, size_t b) {
-    while (b != 0) {
-      const size_t rest = a % b;
-      a = b;
-      b = rest;
-    }
-    return a;
-  };
-  size_t step = inputs * 5 / 8 | 1;  // odd, so that lines of all places within a page are used alike
-  while (common(step, inputs) != 1) step += 2;
-  return step;
-}
-
 size_t PackedFormat::panel_nbytes(size_t cols) const {
   if (columns) return slab_nbytes(cols);
   if (element == Element::BFloat16Pairs) return (cols + 1) / 2 * kLanes * 4;
@@ -74,7 +60,7 @@ size_t Activations::nbytes_bfloat(size_t tokens, size_t cols, size_t slots) {
 
 size_t Chosen::nbytes(size_t cols) {
   const size_t blocks = (cols + kBlock - 1) / kBlock;
-  return align64((blocks + 1) * 4) + align64(blocks * kBlock * 4) + align64(blocks * kBlock) + 3 * align64(blocks * 4);
+  return align64((blocks + 1) * 4) + align64((blocks + 1) * kBlock * 4) + align64((blocks + 1) * kBlock) + 3 * align64(blocks * 4);
 }
 
 void Chosen::place(uint8_t* buffer, size_t cols) {
@@ -85,8 +71,8 @@ void Chosen::place(uint8_t* buffer, size_t cols) {
     return field;
   };
   until = reinterpret_cast<uint32_t*>(next((blocks + 1) * 4));
-  offset = reinterpret_cast<uint32_t*>(next(blocks * kBlock * 4));
-  q = reinterpret_cast<int8_t*>(next(blocks * kBlock));
+  offset = reinterpret_cast<uint32_t*>(next((blocks + 1) * kBlock * 4));  // room for what is written before it is known
+  q = reinterpret_cast<int8_t*>(next((blocks + 1) * kBlock));
   negated_sum = reinterpret_cast<int32_t*>(next(blocks * 4));
   sum = reinterpret_cast<float*>(next(blocks * 4));
   scale = reinterpret_cast<float*>(next(blocks * 4));

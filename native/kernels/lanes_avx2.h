@@ -235,6 +235,18 @@ static inline uint32_t above(Floats x, Floats y) {
   const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)), high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ));
   return static_cast<uint32_t>(low | high << 8);
 }
+// Of sixteen offsets and codes those whose bit is set, one after the other; sixteen of each are written, the rest are anything.
+// Their codes are added to sum, lane by lane in any order.
+static inline Ints keep(uint32_t mask, const uint32_t* offset, const int8_t* q, uint32_t* offset_out, int8_t* q_out, Ints sum) {
+  int32_t total = 0;
+  for (size_t n = 0; mask != 0; mask &= mask - 1, ++n) {
+    const int i = __builtin_ctz(mask);
+    offset_out[n] = offset[i];
+    q_out[n] = q[i];
+    total += q[i];
+  }
+  return add(sum, Ints{_mm256_zextsi128_si256(_mm_cvtsi32_si128(total)), _mm256_setzero_si256()});
+}
 // Four columns side by side: byte j of lane 4 q + i of out[k] is byte 16 q + 4 k + i of columns[j].
 static inline void interleave(const Codes* columns, Codes* out) {
   auto half = [&](__m256i Codes::* part) __attribute__((always_inline)) {

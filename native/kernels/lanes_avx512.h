@@ -166,6 +166,15 @@ static inline Floats dot2(Floats sum, Codes pairs, const uint16_t* x) {
 
 // Bit i: lane i of a is above that of b.
 static inline uint32_t above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+// Of sixteen offsets and codes those whose bit is set, one after the other; sixteen of each are written, the rest are anything.
+// Their codes are added to sum, lane by lane in any order.
+static inline Ints keep(uint32_t mask, const uint32_t* offset, const int8_t* q, uint32_t* offset_out, int8_t* q_out, Ints sum) {
+  const __mmask16 kept = static_cast<__mmask16>(mask);
+  const __m512i codes = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+  _mm512_storeu_si512(offset_out, _mm512_maskz_compress_epi32(kept, _mm512_loadu_si512(offset)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q_out), _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(kept, codes)));
+  return {_mm512_mask_add_epi32(sum.v, kept, sum.v, codes)};
+}
 // Four columns side by side: byte j of lane 4 q + i of out[k] is byte 16 q + 4 k + i of columns[j].
 static inline void interleave(const Codes* columns, Codes* out) {
   const __m512i low01 = _mm512_unpacklo_epi8(columns[0].v, columns[1].v), low23 = _mm512_unpacklo_epi8(columns[2].v, columns[3].v);

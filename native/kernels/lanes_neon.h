@@ -257,6 +257,18 @@ static inline uint32_t above(Floats x, Floats y) {
   for (int i = 0; i < 4; ++i) mask |= vaddvq_u32(vandq_u32(vcgtq_f32(x.v[i], y.v[i]), bits)) << 4 * i;
   return mask;
 }
+// Of sixteen offsets and codes those whose bit is set, one after the other; sixteen of each are written, the rest are anything.
+// Their codes are added to sum, lane by lane in any order.
+static inline Ints keep(uint32_t mask, const uint32_t* offset, const int8_t* q, uint32_t* offset_out, int8_t* q_out, Ints sum) {
+  int32_t total = 0;
+  for (size_t n = 0; mask != 0; mask &= mask - 1, ++n) {
+    const int i = __builtin_ctz(mask);
+    offset_out[n] = offset[i];
+    q_out[n] = q[i];
+    total += q[i];
+  }
+  return add(sum, Ints{{vsetq_lane_s32(total, vdupq_n_s32(0), 0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}});
+}
 // Four columns side by side: byte j of lane 4 q + i of out[k] is byte 16 q + 4 k + i of columns[j].
 static inline void interleave(const Codes* columns, Codes* out) {
   for (int q = 0; q < 4; ++q) {

@@ -179,6 +179,18 @@ static inline uint32_t above(Floats a, Floats b) {
   for (int i = 0; i < 16; ++i) mask |= static_cast<uint32_t>(a.v[i] > b.v[i]) << i;
   return mask;
 }
+// Of sixteen offsets and codes those whose bit is set, one after the other; sixteen of each are written, the rest are anything.
+// Their codes are added to sum, lane by lane in any order.
+static inline Ints keep(uint32_t mask, const uint32_t* offset, const int8_t* q, uint32_t* offset_out, int8_t* q_out, Ints sum) {
+  int32_t total = 0;
+  for (size_t n = 0; mask != 0; mask &= mask - 1, ++n) {
+    const int i = __builtin_ctz(mask);
+    offset_out[n] = offset[i];
+    q_out[n] = q[i];
+    total += q[i];
+  }
+  return add(sum, each_int([=](int i) { return i == 0 ? total : 0; }));
+}
 // Four columns side by side: byte j of lane 4 q + i of out[k] is byte 16 q + 4 k + i of columns[j].
 static inline void interleave(const Codes* columns, Codes* out) {
   for (int k = 0; k < 4; ++k) out[k] = each_code([=](int i) { return columns[i % 4].v[i / 16 * 16 + 4 * k + i % 16 / 4]; });

@@ -7,7 +7,18 @@ import pytest
 
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import BF16, FP16, INT8, QuantFormat, float32_to_bf16, quantize
-from edgewise.core.storage import Blocks, Dense, Factored, LazyTensors, QuantizedTensor, Sparse, Stored, Sum, rows_of
+from edgewise.core.storage import (
+    Blocks,
+    Dense,
+    Factored,
+    InputSparse,
+    LazyTensors,
+    QuantizedTensor,
+    Sparse,
+    Stored,
+    Sum,
+    rows_of,
+)
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.normal(size=(6, 8)).astype(np.float32)
@@ -52,6 +63,8 @@ FORMS = {
     "csr": (csr(), None),
     "sum": (Sum((quantized("int8/axis"), Factored(Dense(WEIGHT[:, :2].copy()), Dense(WEIGHT[:2].copy())))),
             48 + 12 + 48 + 64),
+    "input sparse": (InputSparse(quantized("int8/axis"), np.arange(8, dtype=np.float32) / 4, Factored(
+        Dense(WEIGHT[:, :2].copy()), Dense(WEIGHT[:2].copy()))), 48 + 12 + 32 + 48 + 64),
 }
 
 
@@ -96,6 +109,29 @@ def test_csr_places_values():
 def test_factored_needs_one_rank():
     with pytest.raises(InvalidValueError, match=r"\(6, 3\) and \(2, 8\)"):
         Factored(Dense(WEIGHT[:, :3].copy()), Dense(WEIGHT[:2].copy()))
+
+
+class TestInputSparse:
+    def test_what_decoding_reads(self):
+        weight, low = Dense(WEIGHT), Factored(Dense(WEIGHT[:, :2].copy()), Dense(WEIGHT[:2].copy()))
+        thresholds = np.array([0, 0.5, 1, np.inf, 0.5, 0.5, 0.5, 0.5], np.float32)
+        x = np.array([0.1, 0.5, -2, 9, -0.4, 0.6, 0, 1], np.float32)
+        read = np.array([0.1, 0, -2, 0, 0, 0.6, 0, 1], np.float32)
+        np.testing.assert_allclose(InputSparse(weight, thresholds).decode(x), WEIGHT @ read, rtol=1e-5)
+        np.testing.assert_allclose(InputSparse(weight, thresholds, low).decode(x),
+                                   WEIGHT @ read + low.dense() @ (x - read), rtol=1e-5)
+
+    @pytest.mark.parametrize(("thresholds", "message"), [
+        (np.zeros(6, np.float32), "each of 8 inputs"), (np.zeros(8), "float64"),
+        (np.full(8, -1, np.float32), "at least zero"), (np.full(8, np.nan, np.float32), "at least zero")])
+    def test_refuses(self, thresholds, message):
+        with pytest.raises(InvalidValueError, match=message):
+            InputSparse(Dense(WEIGHT), thresholds)
+
+    def test_a_product_of_another_shape_is_refused(self):
+        with pytest.raises(InvalidValueError, match=r"product of shape \(6, 8\)"):
+            InputSparse(Dense(WEIGHT), np.zeros(8, np.float32), Factored(Dense(WEIGHT[:3, :2].copy()),
+                                                                         Dense(WEIGHT[:2].copy())))
 
 
 @pytest.mark.parametrize("parts", [(), (Dense(WEIGHT), Dense(WEIGHT[:3].copy()))])

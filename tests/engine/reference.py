@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from edgewise.core.numbers import bf16_to_float32, float32_to_bf16
-from edgewise.core.storage import Dense
+from edgewise.core.storage import Dense, InputSparse
 from edgewise.engine.plan import (
     Attention,
     AttentionPolicy,
@@ -233,9 +233,16 @@ class _Run:
         self.round_inputs = round_inputs
 
     def linear(self, linear: Linear, x: np.ndarray) -> np.ndarray:
+        weight, exact = linear.weight, x
         if self.round_inputs and linear.activation != "float32":
             x = round_activations(x) if linear.activation == "int8" else round_bfloat(x)
-        y = x @ linear.weight.dense().astype(self.dtype).T
+        if isinstance(weight, InputSparse):  # every token decodes; what is read is chosen before inputs are rounded
+            read = np.abs(exact) > weight.threshold
+            y = (x * read) @ weight.dense().astype(self.dtype).T
+            if weight.low_rank is not None:
+                y = y + (exact * ~read) @ weight.low_rank.dense().astype(self.dtype).T
+        else:
+            y = x @ weight.dense().astype(self.dtype).T
         return y if linear.bias is None else y + linear.bias
 
     def attention(self, a: Attention, x: np.ndarray, states: np.ndarray | None = None) -> np.ndarray:

@@ -31,7 +31,7 @@ from edgewise.core.numbers import (
     posit_format,
     quantize,
 )
-from edgewise.core.storage import Dense, Factored, QuantizedTensor, Sparse, Stored, Sum
+from edgewise.core.storage import Dense, Factored, InputSparse, QuantizedTensor, Sparse, Stored, Sum
 from edgewise.formats.folder import read_folder
 from edgewise.formats.folder_writer import write_folder
 from edgewise.formats.quantized_folder import encode, format_from_json, format_to_json, pack_bits, unpack_bits
@@ -94,6 +94,10 @@ STORED: dict[str, Callable[[], Stored]] = {
         Dense(RNG.standard_normal((6, 3), np.float32)), Dense(RNG.standard_normal((3, 10), np.float32))))),
     "sparse in factored in sum": lambda: Sum((quantized("int8/axis", (3, 10)), Factored(
         Dense(RNG.standard_normal((3, 4), np.float32)), csr()))),
+    "input sparse": lambda: InputSparse(quantized("int4/g10/fp16/min"), np.linspace(0, 1, 70, dtype=np.float32)),
+    "input sparse and low rank": lambda: InputSparse(
+        quantized("int8/axis"), np.full(70, np.inf, np.float32), Factored(
+            Dense(RNG.standard_normal((6, 3), np.float32)), quantized("int8/g10", (3, 70)))),
     "csr in factored": lambda: Factored(Dense(RNG.standard_normal((3, 4), np.float32)), csr()),
 }
 
@@ -242,6 +246,9 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         "multiple of 4"),
     "block type": ({"storage": "blocks", "codec": "Q9_9", "shape": [6, 32]}, r"'w\.blocks' is missing"),
     "endless nesting": (json.loads('{"storage": "factored", "left": ' * 30 + "{}" + "}" * 30), "not nested deeply"),
+    "input sparse without a weight": ({"storage": "input_sparse"}, "description"),
+    "input sparse with something else": ({"storage": "input_sparse", "weight": {"storage": "dense"}, "low_rank": {
+        "storage": "dense"}}, "a factored low_rank"),
     "factored without sides": ({"storage": "factored"}, "description"),
 }
 

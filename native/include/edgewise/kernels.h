@@ -55,7 +55,7 @@ struct ColumnKernels {
   void (*multiply)(const PackedMatrix& w, size_t slab, const Chosen& x, const Products& out, const uint8_t* next,
                    const PackedMatrix* next_of, const Chosen* next_x);
   // A slab as panels, slab_panels() of them, to be multiplied with many tokens.
-  void (*panels)(const PackedMatrix& w, size_t slab, uint8_t* out);
+  void (*panels)(const PackedMatrix& w, size_t slab, const uint32_t* offset, uint8_t* out);
 };
 
 enum class Gate { Silu, Gelu, GeluTanh, Relu };

@@ -17,14 +17,14 @@
 //
 // Columns: where a token reads only some of the inputs, the codes of one input lie together, for as many rows as fill 64
 // bytes: a slab of 128 rows at four bits, 64 at eight. A slab holds its scales, record by record (those of all its rows,
-// then their minima; up to a whole 64 bytes), then 64 bytes for each input, inputs filled up to whole blocks of 32. Input c
-// lies at place c * step mod inputs: one after the other, inputs are far apart, since of runs of lines with gaps hardware
-// fetches the gaps too. Of an input, row 16 k + 4 q + i of 64 rows is byte 16 q + 4 k + i, which makes putting four inputs
+// then their minima; up to a whole 64 bytes), then 64 bytes for each input, inputs filled up to whole blocks of 32. They lie
+// in a shuffled order, always the same: of a run of lines with gaps hardware fetches the gaps too. Of an input, row 16 k + 4 q + i of 64 rows is byte 16 q + 4 k + i, which makes putting four inputs
 // side by side two steps within 16 bytes; at four bits rows 64 .. 127 are the high nibbles.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 // Kernels of every tier use these small members: always inlined, so that no tier emits a copy that another could get.
 #define EDGEWISE_INLINE [[gnu::always_inline]] inline
@@ -104,8 +104,8 @@ struct PackedMatrix {
   EDGEWISE_INLINE const uint8_t* slab(size_t index) const { return data + index * panel_nbytes; }
 };
 
-// Between the places of one input and the next, in a slab of columns. inputs: filled up to whole blocks.
-size_t column_step(size_t inputs);
+// Where the codes of each input lie in a slab, in bytes after its scales. cols: filled up to whole blocks.
+std::vector<uint32_t> column_offsets(size_t cols);
 
 // Inputs of a matmul for up to `capacity` tokens, in tiles of `slots` (1 or 16) so that a kernel reads them in order.
 // For tile t, block b and slot s:  q[((t * blocks + b) * slots + s) * 32 ...], scale[(t * blocks + b) * slots + s].

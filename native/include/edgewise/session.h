@@ -223,7 +223,7 @@ class Session {
   void multiply_columns(size_t thread, const Choosing* of, const Work* works, size_t n, size_t token);
   void multiply_unpacked(size_t thread, const Work* works, size_t n, const Inputs& inputs, size_t tokens);
   void gate_and_up_unpacked(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, Inputs* down);
-  PackedMatrix unpacked(const PackedMatrix& w, size_t slab, size_t thread, size_t place) const;
+  PackedMatrix unpacked(const Linear& linear, size_t slab, size_t thread, size_t place) const;
 
   void mark(size_t thread, Operator now) {
     if (thread == 0 && profile_.on()) profile_.mark(now);

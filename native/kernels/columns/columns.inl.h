@@ -8,14 +8,15 @@
 namespace {
 
 // Bytes of columns that are fetched ahead of their use, and of scales.
-constexpr size_t kQuadsAhead = 16, kScalesAhead = 1024;
+constexpr size_t kQuadsAhead = 24, kScalesAhead = 1024, kUnpackAhead = 48;
 
 void choose(const float* values, size_t cols, const float* threshold, const uint32_t* offset, const Activations& x, Chosen& chosen,
             float* rest) {
   size_t at = 0, count = 0;
   for (size_t b = 0; b < chosen.blocks; ++b) {
     chosen.until[b] = static_cast<uint32_t>(at / 4);
-    int32_t total = 0;
+    Ints codes = zero_ints();
+    const size_t begin = at;
     for (size_t half = 0; half < kBlock; half += kLanes) {
       const size_t from = b * kBlock + half;
       if (from >= cols) {
@@ -24,20 +25,22 @@ void choose(const float* values, size_t cols, const float* threshold, const uint
       }
       const Floats value = load_tail(values + from, cols - from);
       const uint32_t mask = above(abs(value), load(threshold + from));
-      if (rest != nullptr) store(rest + from, value);
-      for (uint32_t left = mask; left != 0; left &= left - 1) {
-        const size_t i = from + static_cast<size_t>(__builtin_ctz(left));
-        chosen.offset[at] = offset[i];
-        chosen.q[at++] = x.q[i];
-        total += x.q[i];
-        if (rest != nullptr) rest[i] = 0.0f;
+      if (rest != nullptr) {
+        store(rest + from, value);
+        for (uint32_t left = mask; left != 0; left &= left - 1) rest[from + static_cast<size_t>(__builtin_ctz(left))] = 0.0f;
       }
-      count += static_cast<size_t>(__builtin_popcount(mask));
+      codes = keep(mask, offset + from, x.q + from, chosen.offset + at, chosen.q + at, codes);
+      at += static_cast<size_t>(__builtin_popcount(mask));
     }
-    for (; at % 4 != 0; ++at) {
-      chosen.offset[at] = chosen.offset[at - 1];
-      chosen.q[at] = 0;
+    count += at - begin;
+    const int32_t total = reduce_add(codes);
+    const uint32_t last = at > begin ? chosen.offset[at - 1] : 0;
+#pragma GCC unroll 3
+    for (size_t i = 0; i < 3; ++i) {  // up to a whole quad; what is written beyond is written over
+      chosen.offset[at + i] = last;
+      chosen.q[at + i] = 0;
     }
+    at = (at + 3) / 4 * 4;
     chosen.negated_sum[b] = -total;
     chosen.scale[b] = x.scale[b];
     chosen.sum[b] = x.scale[b] * static_cast<float>(total);
@@ -138,26 +141,27 @@ void multiply_slab(const PackedMatrix& w, size_t slab, const Chosen& x, const Pr
   kernel(w, slab, x, out, next, next_of, next_x);
 }
 
-void slab_panels(const PackedMatrix& w, size_t slab, uint8_t* out) {
+void slab_panels(const PackedMatrix& w, size_t slab, const uint32_t* offset, uint8_t* out) {
   PackedFormat dense = w.format;
   dense.columns = false;
-  const size_t inputs = (w.cols + kBlock - 1) / kBlock * kBlock, step = column_step(inputs), rows = dense.slab_rows();
+  const size_t inputs = (w.cols + kBlock - 1) / kBlock * kBlock, rows = dense.slab_rows();
   const size_t per_record = dense.record_inputs / kBlock, width = kLanes * dense.scale_nbytes(), minimum_width = kLanes * dense.minimum_nbytes();
   const size_t record_nbytes = rows * (dense.scale_nbytes() + dense.minimum_nbytes()), panel_nbytes = dense.panel_nbytes(w.cols);
   const size_t panels = dense.slab_panels();
   const uint8_t* base = w.slab(slab);
   const uint8_t* columns = base + dense.slab_scales_nbytes(w.cols);
   const Codes low = set1_codes(0x0f), high = set1_codes(0xf0);
-  size_t place = 0, offset = 0;  // of the next input; of the block, in a panel
+  const size_t last = inputs - 1;
+  size_t input = 0, at = 0;  // of the next input; of the block, in a panel
   for (size_t b = 0; b < inputs / kBlock; ++b) {
     if (b % per_record == 0) {
       const uint8_t* scales = base + b / per_record * record_nbytes;
       for (size_t k = 0; k < panels; ++k) {
-        __builtin_memcpy(out + k * panel_nbytes + offset, scales + k * width, width);
+        __builtin_memcpy(out + k * panel_nbytes + at, scales + k * width, width);
         if (minimum_width > 0)
-          __builtin_memcpy(out + k * panel_nbytes + offset + width, scales + panels * width + k * minimum_width, minimum_width);
+          __builtin_memcpy(out + k * panel_nbytes + at + width, scales + panels * width + k * minimum_width, minimum_width);
       }
-      offset += width + minimum_width;
+      at += width + minimum_width;
     }
     for (size_t i = 0; i < 8; ++i) {
       const bool pairs = dense.bits == 4;
@@ -165,10 +169,9 @@ void slab_panels(const PackedMatrix& w, size_t slab, uint8_t* out) {
       for (size_t half = 0; half < (pairs ? 2 : 1); ++half) {
         Codes in[4];
         for (Codes& column : in) {
-          column = load_codes(columns + place * 64);
-          prefetch(columns + (place + 16 * step) % inputs * 64);
-          place += step;
-          if (place >= inputs) place -= inputs;
+          column = load_codes(columns + offset[input]);
+          prefetch(columns + offset[input + kUnpackAhead < last ? input + kUnpackAhead : last]);
+          ++input;
         }
         interleave(in, side + 4 * half);
       }
@@ -176,14 +179,14 @@ void slab_panels(const PackedMatrix& w, size_t slab, uint8_t* out) {
         for (size_t k = 0; k < 4; ++k) {
           const Codes first = either(both(side[k], low), both(shift_left(both(side[4 + k], low), 4), high));
           const Codes second = either(both(shift_right(both(side[k], high), 4), low), both(side[4 + k], high));
-          store_codes(out + k * panel_nbytes + offset, first);
-          store_codes(out + (4 + k) * panel_nbytes + offset, second);
+          store_codes(out + k * panel_nbytes + at, first);
+          store_codes(out + (4 + k) * panel_nbytes + at, second);
         }
         ++i;
       } else {
-        for (size_t k = 0; k < 4; ++k) store_codes(out + k * panel_nbytes + offset, side[k]);
+        for (size_t k = 0; k < 4; ++k) store_codes(out + k * panel_nbytes + at, side[k]);
       }
-      offset += 64;
+      at += 64;
     }
   }
 }

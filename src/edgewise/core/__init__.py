@@ -22,6 +22,6 @@ __all__, __getattr__ = front_door(__name__, {
     "report": "Origin Quantity Report Table Verdict",
     "schedule": "Buffer Event Schedule Task Timeline",
     "stats": "InputGatherer InputStats Stats",
-    "storage": "BlockCodec Blocks Dense Factored LazyTensors QuantizedTensor Sparse Stored Sum",
+    "storage": "BlockCodec Blocks Dense Factored InputSparse LazyTensors QuantizedTensor Sparse Stored Sum",
     "workload": "Op Phase Workload",
 })

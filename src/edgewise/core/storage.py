@@ -1,4 +1,4 @@
-"""How a tensor is stored: dense, quantised, as a file's own blocks, factored, sparse or a sum. All of them nest.
+"""How a tensor is stored: dense, quantised, as a file's own blocks, factored, sparse, a sum, or input-sparse. All nest.
 
 `Stored` is a protocol; `dense()` and `matmul()` are references for tests and export, never a fast path.
 """
@@ -17,8 +17,8 @@ from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, bf16_to_float32, dequantize
 from edgewise.core.values import dataclass
 
-__all__ = ["BlockCodec", "Blocks", "Dense", "Factored", "LazyTensors", "QuantizedTensor", "Sparse", "Stored", "Sum",
-           "rows_of"]
+__all__ = ["BlockCodec", "Blocks", "Dense", "Factored", "InputSparse", "LazyTensors", "QuantizedTensor", "Sparse",
+           "Stored", "Sum", "rows_of"]
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -267,6 +267,53 @@ class Sum:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class InputSparse:
+    """A weight of which a decoded token reads only some inputs.
+
+    y = W (m x) + L R ((1 - m) x), m = 1 where |x| > threshold.
+    weight: (out, in). threshold: (in,) float32, at least zero; infinite where an input is never read. low_rank: L R of
+    shape (out, in), or None. Prompts take W as it is, and so do `dense`, `matmul` and an export.
+    """
+
+    weight: Stored
+    threshold: Float32
+    low_rank: Factored | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold.shape != (self.weight.shape[1],) or self.threshold.dtype != np.float32:
+            raise InvalidValueError(f"InputSparse expects a float32 threshold for each of {self.weight.shape[1]} "
+                                    f"inputs; given {self.threshold.dtype} of shape {self.threshold.shape}")
+        if not (self.threshold >= 0).all():  # not a number either
+            raise InvalidValueError("InputSparse expects thresholds of at least zero")
+        if self.low_rank is not None and self.low_rank.shape != self.weight.shape:
+            raise InvalidValueError(f"InputSparse expects a product of shape {self.weight.shape}; given "
+                                    f"{self.low_rank.shape}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.threshold.nbytes + (0 if self.low_rank is None else self.low_rank.nbytes)
+
+    def dense(self) -> Float32:
+        return self.weight.dense()
+
+    def matmul(self, x: Float32) -> Float32:
+        return self.weight.matmul(x)
+
+    def decode(self, x: Float32) -> Float32:
+        """x: (..., in) of tokens that are decoded -> (..., out). Reference only."""
+        read = np.where(np.abs(x) > self.threshold, x, np.float32(0))
+        y = self.weight.matmul(read)
+        return y if self.low_rank is None else y + self.low_rank.matmul(x - read)
+
+    def __repr__(self) -> str:
+        return f"InputSparse({self.weight!r}{'' if self.low_rank is None else f' + {self.low_rank!r}'})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class Sparse(_MatmulByDense):
     """Only the non-zero values are stored.
 
@@ -369,4 +416,8 @@ def rows_of(stored: Stored, rows: slice | int) -> Stored:
                        logical_shape=(stop - start, stored.shape[1]))
     if isinstance(stored, Sum) and isinstance(rows, slice):
         return Sum(tuple(rows_of(part, rows) for part in stored.parts))
+    if isinstance(stored, InputSparse) and isinstance(rows, slice):
+        low = stored.low_rank
+        return replace(stored, weight=rows_of(stored.weight, rows),
+                       low_rank=None if low is None else replace(low, left=rows_of(low.left, rows)))
     return Dense(np.ascontiguousarray(stored.dense()[start:stop]).reshape(shape))

@@ -9,12 +9,12 @@ import numpy as np
 
 from edgewise.core.activation import StaticActivation
 from edgewise.core.errors import UnsupportedError
-from edgewise.core.storage import Stored
+from edgewise.core.storage import Dense, InputSparse, Stored
 from edgewise.engine.packing import PackedWeights
 from edgewise.engine.plan import Attention, Experts, FeedForward, Layer, Linear, Norm, Plan
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["build_model", "linears_of"]
+__all__ = ["build_model", "linears_of", "low_rank_of"]
 
 
 def linears_of(plan: Plan) -> Iterator[Linear]:
@@ -40,6 +40,15 @@ def linears_of(plan: Plan) -> Iterator[Linear]:
         yield plan.head
 
 
+def low_rank_of(linear: Linear) -> tuple[tuple[str, Stored], ...]:
+    """The factors that the inputs of a linear which are not read go through, with their names."""
+    weight = linear.weight
+    if not isinstance(weight, InputSparse) or weight.low_rank is None:
+        return ()
+    return ((f"{linear.key}.low_rank.left", weight.low_rank.left),
+            (f"{linear.key}.low_rank.right", weight.low_rank.right))
+
+
 def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any:
     """names: the packed name of each stored object, by id(). Of an encoder-decoder, the decoder."""
 
@@ -49,6 +58,10 @@ def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any
     def linear(source: Linear) -> Any:
         bias = None if source.bias is None else _floats(source.bias)
         made = _core.Linear(matrix(source.weight), bias, source.activation == "int8")
+        if isinstance(source.weight, InputSparse):
+            factors = [_core.Linear(matrix(factor), None, not isinstance(factor, Dense))
+                       for _, factor in low_rank_of(source)]
+            made.choose(_floats(source.weight.threshold), *reversed(factors))
         if source.activation == "static":
             assert source.input is not None
             try:

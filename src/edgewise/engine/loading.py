@@ -20,7 +20,7 @@ from edgewise.core.values import dataclass
 from edgewise.data.chat import chat_template_of
 from edgewise.data.tokenizer import Tokenizer, tokenizer_of
 from edgewise.engine.archs import plan_of
-from edgewise.engine.build import build_model, linears_of
+from edgewise.engine.build import build_model, linears_of, low_rank_of
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel, native_errors
 from edgewise.engine.packing import Recipe, layout_of, pack_all, packing, recipe_of, unique
@@ -36,6 +36,7 @@ from edgewise.engine.plan import (
     plan_with,
     with_attention,
 )
+from edgewise.engine.sparse import dense_plan, with_input_sparsity
 from edgewise.engine.static import with_static
 from edgewise.engine.tuning import Tuning, stored_tuning
 from edgewise.formats.cache import files_key
@@ -59,8 +60,8 @@ SMALLEST_CONTEXT = 256
 def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None, memory_bytes: int | None = None,
          threads: int | None = None, context: int | None = None, kv: str | None = None, *,
          activations: Activation | None = None, attention: str | AttentionPolicy | None = None,
-         batch: int | None = None, slots: int = 1, cache: bool = True, offline: bool | None = None,
-         tuning: Tuning | None = None, progress: Progress | None = None) -> LanguageModel:
+         input_sparsity: bool = True, batch: int | None = None, slots: int = 1, cache: bool = True,
+         offline: bool | None = None, tuning: Tuning | None = None, progress: Progress | None = None) -> LanguageModel:
     """Open a model by path, short name, hub repository or wheel, ready to run.
 
     format: round every linear of the layers to this format: "int4/g32/fp16/min", or without a scale "fp32", "fp16" or
@@ -74,6 +75,7 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     attention: "sink=4,window=512" keeps the first four positions and the last 512, where a text goes on without end in
     constant memory; "full", all. By default as the model's files say.
     activations: "float32" runs quantised weights on float inputs, slower and without the rounding of "int8".
+    input_sparsity: decode with the thresholds of a model that has them; without, every input is read.
     cache: map weights packed by an earlier start. tuning: by default what this machine was tuned to.
     Raises SourceError, FormatError, UnsupportedError, BudgetError.
     """
@@ -83,7 +85,8 @@ def load(source: str | os.PathLike[str], format: str | QuantFormat | None = None
     with _uncollected():
         model = model_of(source if isinstance(source, Checkpoint) else opened(), format=format,
                          memory_bytes=memory_bytes, threads=threads, context=context, kv=kv, activations=activations,
-                         attention=attention, batch=batch, slots=slots, cache=cache, tuning=tuning, progress=progress)
+                         attention=attention, input_sparsity=input_sparsity, batch=batch, slots=slots, cache=cache,
+                         tuning=tuning, progress=progress)
     model.packed.map_now()
     return model
 
@@ -104,7 +107,8 @@ def _uncollected() -> Iterator[None]:
 def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None, memory_bytes: int | None = None,
              threads: int | None = None, context: int | None = None, kv: str | None = None,
              activations: Activation | None = None, attention: str | AttentionPolicy | None = None,
-             batch: int | None = None, slots: int = 1, cache: bool = True, tuning: Tuning | None = None,
+             input_sparsity: bool = True, batch: int | None = None, slots: int = 1, cache: bool = True,
+             tuning: Tuning | None = None,
              progress: Progress | None = None) -> LanguageModel:
     """As `load`, from a Checkpoint at hand."""
     if threads is not None and not 1 <= threads <= 256:
@@ -128,6 +132,9 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
             return replace(source, activation=chosen)
 
         plan = replace(plan_with(plan, running), head=None if plan.head is None else running(plan.head))
+    if not input_sparsity:
+        plan = dense_plan(plan)
+    plan = with_input_sparsity(plan, checkpoint.source)
     encoder = plan.kind == "encoder"
     fitted = fitted_run(checkpoint)
     policy = attention if attention is not None else fitted.attention
@@ -200,10 +207,12 @@ def with_static_of(checkpoint: Checkpoint, plan: Plan, *, wanted: bool) -> Plan:
 
 def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:
     """How each weight of a plan is packed, by name; and the name of each stored object, by id()."""
-    weights = unique((linear.key, linear.weight) for linear in linears_of(plan))
+    weights = unique(pair for linear in linears_of(plan)
+                     for pair in ((linear.key, linear.weight), *low_rank_of(linear)))
     pairs = {id(linear.weight) for linear in linears_of(plan) if linear.activation == "bfloat16"}
     tables = [table for table in (plan, plan.encoder) if table is not None]
-    multiplied = {id(linear.weight) for linear in linears_of(plan) if all(linear is not t.embedding for t in tables)}
+    multiplied = {id(stored) for linear in linears_of(plan) if all(linear is not t.embedding for t in tables)
+                  for stored in (linear.weight, *(factor for _, factor in low_rank_of(linear)))}
     return ({name: recipe_of(name, stored, pairs=id(stored) in pairs, table=id(stored) not in multiplied)
              for name, stored in weights.items()},
             {id(stored): name for name, stored in weights.items()})

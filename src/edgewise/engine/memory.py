@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from edgewise.core.errors import collect_notices
+from edgewise.core.storage import InputSparse
 from edgewise.engine.build import linears_of
+from edgewise.engine.packing import recipe_of
 from edgewise.engine.plan import Attention, AttentionPolicy, CrossAttention, Experts, Plan, endless
 
 __all__ = ["kv_bytes", "scratch_bytes"]
@@ -127,6 +130,23 @@ def _inputs_bytes(tokens: int, cols: int, slots: int, bfloats: bool, codes: bool
     return whole * (1 + codes) + _up(cells * 32 * 4, 64) + bfloats * _up(cells * 32 * 2, 64)
 
 
+def _chosen_bytes(plan: Plan, cols: int) -> int:
+    """Of one thread, where weights lie input by input: what a token reads, and two slabs as rows."""
+    slabs = [_slab_bytes(linear.weight) for linear in linears_of(plan) if isinstance(linear.weight, InputSparse)]
+    if not slabs:
+        return 0
+    blocks = -(-cols // 32)
+    chosen = sum(_up((blocks + 1) * each, 64) for each in (4, 128, 32)) + 3 * _up(blocks * 4, 64)
+    return 3 * (chosen + 2 * _up(blocks * 128, 64) + 2 * _inputs_bytes(1, cols, 1, False)) + 2 * max(slabs)
+
+
+def _slab_bytes(weight: InputSparse) -> int:
+    """Of the rows of a slab, as panels of sixteen."""
+    with collect_notices():
+        native = recipe_of("", weight.weight).format
+    return _up(int(native.nbytes(512 // native.bits, weight.shape[1])), 64)
+
+
 def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str = "fp16", slots: int = 1) -> int:
     """Buffers of a pass of `batch` tokens, of attention, logits and rotary tables; an encoder's own are added."""
     attentions = _attentions(plan)
@@ -154,6 +174,7 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str
     total = (batch * rows + wide) * 4 + partial * 4 + shared + threads * (own + softmax)
     if any(layer.rounding is not None and layer.rounding.attends for layer in plan.layers):
         total += threads * (_up(context, 16) + 16) * 7  # scores, and probabilities in three pieces
+    total += threads * _chosen_bytes(plan, cols)
     if plan.encoder is not None:
         total += scratch_bytes(plan.encoder, context, context, threads)
     if routed:

@@ -23,9 +23,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewise.core.errors import EdgewiseError, FormatError, notice
+from edgewise.core.errors import EdgewiseError, FormatError, UnsupportedError, collect_notices, notice
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat
-from edgewise.core.storage import Blocks, Dense, QuantizedTensor, Sparse, Stored, rows_of
+from edgewise.core.storage import Blocks, Dense, InputSparse, QuantizedTensor, Sparse, Stored, rows_of
 from edgewise.core.values import dataclass
 from edgewise.engine.layouts import (
     Layout,
@@ -40,7 +40,8 @@ from edgewise.formats.cache import Progress, cache_root, locked, write_aside
 from edgewise.formats.mapped import release_pages
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["PackedWeights", "Recipe", "layout_of", "pack_all", "pack_one", "packed_nbytes", "packing", "recipe_of"]
+__all__ = ["PackedWeights", "Recipe", "in_columns", "layout_of", "pack_all", "pack_one", "packed_nbytes", "packing",
+           "recipe_of"]
 
 Bytes = NDArray[np.uint8]
 LAYOUT_VERSION = 3
@@ -97,8 +98,37 @@ def recipe_of(name: str, stored: Stored, *, pairs: bool = False, table: bool = F
         return _floats(Dense(stored.dense().astype(np.float16), FP16))
     if isinstance(stored, Dense):
         return _floats(stored, pairs, table)
+    if isinstance(stored, InputSparse):
+        return _columns(recipe_of(name, stored.weight), name)
     notice("fallback", f"{stored!r} runs as 16-bit floats", where=name)
     return _floats(Dense(stored.dense().astype(np.float16), FP16))
+
+
+def in_columns(name: str, stored: Stored) -> bool:
+    """Whether a weight can lie input by input."""
+    with collect_notices():
+        recipe = recipe_of(name, stored)
+    try:
+        recipe.format.in_columns()
+    except ValueError:
+        return False
+    return True
+
+
+def _columns(panels: Recipe, name: str) -> Recipe:
+    """The same codes and scales, input by input."""
+    rows, cols = panels.rows, panels.cols
+    try:
+        native = panels.format.in_columns()
+    except ValueError as error:
+        raise UnsupportedError(f"{name}: {error}; take int4 or int8 with groups of 32 or more") from error
+
+    def write(out: Bytes) -> None:
+        whole = np.zeros(panels.nbytes, np.uint8)
+        panels.write(whole)
+        _core.pack_columns(native, whole, rows, cols, out)
+
+    return Recipe(native, rows, cols, native.nbytes(rows, cols), write, f"{panels.kind} in columns")
 
 
 def _floats(stored: Dense, pairs: bool = False, table: bool = False) -> Recipe:

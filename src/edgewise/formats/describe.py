@@ -16,7 +16,7 @@ from typing import Any
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import UnsupportedError, notice
 from edgewise.core.report import Quantity, Report, Table
-from edgewise.core.storage import Blocks, Dense, Factored, QuantizedTensor, Sparse, Stored, Sum
+from edgewise.core.storage import Blocks, Dense, Factored, InputSparse, QuantizedTensor, Sparse, Stored, Sum
 from edgewise.formats.cache import Progress
 from edgewise.formats.folder import read_folder
 from edgewise.formats.safetensors import SafetensorsFile
@@ -55,6 +55,9 @@ def format_of(stored: Stored) -> str:
         return f"{kept} sparse ({format_of(stored.values)})"
     if isinstance(stored, Sum):
         return " + ".join(map(format_of, stored.parts))
+    if isinstance(stored, InputSparse):
+        low_rank = "" if stored.low_rank is None else f" + {format_of(stored.low_rank)}"
+        return f"input-sparse {format_of(stored.weight)}{low_rank}"
     return type(stored).__name__
 
 

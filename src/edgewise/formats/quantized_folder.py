@@ -13,6 +13,7 @@ quantization_config = {"quant_method": "edgewise", "version": 1, "formats": {nam
     sum        name.part0, name.part1, ...: each in any form
     sparse     name.values in any form; name.index (n:m: places in a group, packed as one row; csr: columns);
                name.row_starts (csr)
+    input_sparse  name.weight in any form; name.threshold (in,) float32; name.low_rank factored, where there is one
 
 The other keys of quantization_config say how the model runs and stay in Checkpoint.config["quantization_config"]:
 
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.errors import FormatError, InvalidValueError, UnsupportedError
 from edgewise.core.numbers import BF16, E8M0, FP16, FP32, Granularity, NumberFormat, QuantFormat
-from edgewise.core.storage import BlockCodec, Blocks, Dense, Factored, QuantizedTensor, Sparse, Stored, Sum
+from edgewise.core.storage import BlockCodec, Blocks, Dense, Factored, InputSparse, QuantizedTensor, Sparse, Stored, Sum
 from edgewise.formats.safetensors import TensorFiles, dtype_name
 
 __all__ = ["Part", "decode", "encode", "format_from_json", "format_to_json", "pack_bits", "part_names", "unpack_bits"]
@@ -193,6 +194,14 @@ def encode(tensor: Stored, name: str) -> tuple[dict[str, Any], dict[str, Part]]:
         encoded = [encode(part, f"{name}.part{place}") for place, part in enumerate(tensor.parts)]
         return ({"storage": "sum", "parts": [each for each, _ in encoded]},
                 {entry: part for _, parts in encoded for entry, part in parts.items()})
+    if isinstance(tensor, InputSparse):
+        inner, entries = encode(tensor.weight, f"{name}.weight")
+        whole: dict[str, Any] = {"storage": "input_sparse", "weight": inner}
+        entries[f"{name}.threshold"] = Part("F32", tensor.threshold)
+        if tensor.low_rank is not None:
+            whole["low_rank"], more = encode(tensor.low_rank, f"{name}.low_rank")
+            entries |= more
+        return whole, entries
     if isinstance(tensor, Sparse):
         values, parts = encode(tensor.values, f"{name}.values")
         described: dict[str, Any] = {"storage": "sparse", "encoding": tensor.encoding, "values": values,
@@ -207,7 +216,7 @@ def encode(tensor: Stored, name: str) -> tuple[dict[str, Any], dict[str, Part]]:
         parts[f"{name}.row_starts"] = Part(dtype_name(tensor.row_starts), tensor.row_starts)
         return described, parts
     raise UnsupportedError(f"tensor {name!r} is stored as {type(tensor).__name__}, which a folder cannot hold; "
-                           "expected Dense, QuantizedTensor, Blocks, Factored, Sparse or Sum")
+                           "expected Dense, QuantizedTensor, Blocks, Factored, Sparse, InputSparse or Sum")
 
 
 def _place_bits(group: int) -> int:
@@ -326,12 +335,20 @@ def _part_names(name: str, description: Any, depth: int) -> list[str]:
     if storage == "factored":
         return [part for side in ("left", "right")
                 for part in _part_names(f"{name}.{side}", description.get(side), depth - 1)]
+    if storage == "input_sparse":
+        inner = _part_names(f"{name}.weight", description.get("weight"), depth - 1)
+        low = description.get("low_rank")
+        if low is not None:
+            _expect(isinstance(low, Mapping) and low.get("storage") == "factored", "a factored low_rank", low)
+            inner += _part_names(f"{name}.low_rank", low, depth - 1)
+        return [*inner, f"{name}.threshold"]
     if storage == "sum":
         parts = description.get("parts")
         _expect(isinstance(parts, list) and 1 <= len(parts) <= _MOST_PARTS, f"1 to {_MOST_PARTS} parts", parts)
         return [entry for place, part in enumerate(parts)
                 for entry in _part_names(f"{name}.part{place}", part, depth - 1)]
-    _expect(storage == "sparse", "storage dense, quantized, blocks, factored, sparse or sum", storage)
+    _expect(storage == "sparse", "storage dense, quantized, blocks, factored, sparse, input_sparse or sum",
+            storage)
     _expect(description.get("encoding") in ("n_m", "csr"), "encoding n_m or csr", description.get("encoding"))
     rows = [f"{name}.row_starts"] if description["encoding"] == "csr" else []
     return [f"{name}.index", *rows, *_part_names(f"{name}.values", description.get("values"), depth - 1)]
@@ -362,6 +379,13 @@ def _decode(name: str, description: Mapping[str, Any], files: TensorFiles, codec
     if storage == "sum":
         return Sum(tuple(_decode(f"{name}.part{place}", part, files, codec_of)
                          for place, part in enumerate(description["parts"])))
+    if storage == "input_sparse":
+        weight = _decode(f"{name}.weight", description["weight"], files, codec_of)
+        low_rank = None if description.get("low_rank") is None else _decode(f"{name}.low_rank", description["low_rank"],
+                                                                            files, codec_of)
+        assert low_rank is None or isinstance(low_rank, Factored)
+        return InputSparse(weight, _raw(files, f"{name}.threshold", "F32", (weight.shape[1],)).astype(np.float32),
+                           low_rank)
     shape: Any = description.get("shape")
     _expect(isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 48 for size in shape),
             "a shape", shape)

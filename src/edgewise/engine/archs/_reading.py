@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, UnsupportedError, notice
-from edgewise.core.storage import Dense, Factored, Sparse, Stored, Sum, rows_of
+from edgewise.core.storage import Dense, Factored, InputSparse, Sparse, Stored, Sum, rows_of
 from edgewise.engine.plan import Activation, Linear
 
 __all__ = ["FUNCTIONS", "Config", "Function", "Tensors", "activation_of"]
@@ -37,6 +37,8 @@ def activation_of(weight: Stored) -> Activation:
         return "int8" if "int8" in both else "float32"
     if isinstance(weight, Sparse):
         return activation_of(weight.values)
+    if isinstance(weight, InputSparse):
+        return activation_of(weight.weight)
     return "int8"
 
 
