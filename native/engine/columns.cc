@@ -142,19 +142,22 @@ void Session::multiply_columns(size_t thread, const Choosing* of, const Work* wo
   });
 }
 
+const float* Session::norm_row(const Norm& norm, size_t token, float* buffer) const {
+  apply_norm(kernels_, norm, x_.floats() + token * hidden_stride_, model_->hidden, buffer);
+  return buffer;
+}
+
 // One layer over tokens that are decoded.
 void Session::run_columns(size_t index, size_t thread) {
+  if (model_->layers[index].attends()) attend_columns(index, thread);
+  if (model_->layers[index].feeds()) feed_columns(index, thread);
+}
+
+void Session::attend_columns(size_t index, size_t thread) {
   const Layer& layer = model_->layers[index];
-  if (thread == 0 && index == 0) tokens_decoded_ += count_;
-  auto normed = [&](const Norm& norm) {
-    return [this, &norm](size_t token, float* buffer) -> const float* {
-      apply_norm(kernels_, norm, x_.floats() + token * hidden_stride_, model_->hidden, buffer);
-      return buffer;
-    };
-  };
   Choosing of[kTogether];
   for (size_t t = 0; t < count_; ++t) {
-    choose_inputs(thread, index, 0, {&layer.q, &layer.k, &layer.v}, t, Site::Attention, normed(layer.attention_norm), of);
+    choose_inputs(thread, index, 0, {&layer.q, &layer.k, &layer.v}, t, Site::Attention, [&](size_t token, float* buffer) { return norm_row(layer.attention_norm, token, buffer); }, of);
     mark(thread, Operator::Qkv);
     const Work works[] = {{&layer.q, nullptr, q_.floats(), q_stride_, false},
                           {&layer.k, nullptr, k_.floats(), kv_stride_, false},
@@ -182,12 +185,18 @@ void Session::run_columns(size_t index, size_t thread) {
   }
   wait(thread);
   if (attention_normed) add_normed(layer.after_attention);
+}
+
+void Session::feed_columns(size_t index, size_t thread) {
+  const Layer& layer = model_->layers[index];
+  Choosing of[kTogether];
   const bool gate = layer.gate.present();
+  auto row = [&](size_t token, float* buffer) { return norm_row(layer.feed_forward_norm, token, buffer); };
   for (size_t t = 0; t < count_; ++t) {
     if (gate)
-      choose_inputs(thread, index, 4, {&layer.gate, &layer.up}, t, Site::FeedForward, normed(layer.feed_forward_norm), of);
+      choose_inputs(thread, index, 4, {&layer.gate, &layer.up}, t, Site::FeedForward, row, of);
     else
-      choose_inputs(thread, index, 5, {&layer.up}, t, Site::FeedForward, normed(layer.feed_forward_norm), of + 1);
+      choose_inputs(thread, index, 5, {&layer.up}, t, Site::FeedForward, row, of + 1);
     mark(thread, Operator::GateUp);
     const size_t rows = layer.up.weight.format.slab_rows();
     each_slab(thread, layer.up.weight.slabs(), [&](size_t slab, size_t after) {

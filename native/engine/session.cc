@@ -329,6 +329,7 @@ void Session::run_layers(size_t first, size_t last) {
     throw std::invalid_argument("layers " + std::to_string(first) + " to " + std::to_string(last) + " of " +
                                 std::to_string(model_->layers.size()));
   const Profile::Counting counting(profile_);
+  if (decoding_ && columns_ && first == 0) tokens_decoded_ += count_;
   pool_.run([=, this](size_t thread) {
     if (goes_in_blocks(first, last)) return run_blocks(thread, first, last);
     plan_reads(thread);

@@ -211,9 +211,12 @@ class Session {
     Chosen chosen;
     Activations residual;  // what the low rank's first matrix gives, as its second one wants it; unused without them
   };
-  bool in_columns(const Layer& layer) const { return layer.up.weight.format.columns; }
+  bool in_columns(const Layer& layer) const { return (layer.attends() ? layer.q : layer.up).weight.format.columns; }
   void add_columns();
   void run_columns(size_t index, size_t thread);
+  void attend_columns(size_t index, size_t thread);
+  void feed_columns(size_t index, size_t thread);
+  const float* norm_row(const Norm& norm, size_t token, float* buffer) const;
   template <class Row>
   void choose_inputs(size_t thread, size_t index, size_t first, std::initializer_list<const Linear*> linears, size_t token, Site site,
                      Row row, Choosing* out);

@@ -14,7 +14,7 @@ from edgewise.core.errors import notice
 from edgewise.core.storage import InputSparse
 from edgewise.engine.build import linears_of
 from edgewise.engine.packing import in_columns
-from edgewise.engine.plan import FeedForward, Layer, Linear, Plan, layer_with, plan_with
+from edgewise.engine.plan import Experts, Layer, Linear, Plan, layer_with, plan_with
 
 __all__ = ["dense_plan", "is_input_sparse", "with_input_sparsity"]
 
@@ -70,5 +70,7 @@ def _linears(layer: Layer) -> list[Linear]:
 
 
 def _runs(layer: Layer) -> bool:
-    return (isinstance(layer.feed_forward, FeedForward) and layer.order == "pre" and layer.cross is None
-            and layer.rounding is None and layer.attention.policy.kind != "full" and layer.attention.bias is None)
+    attention = layer.attention
+    return (not isinstance(layer.feed_forward, Experts) and layer.order == "pre" and layer.cross is None
+            and layer.rounding is None
+            and (attention is None or (attention.policy.kind != "full" and attention.bias is None)))
