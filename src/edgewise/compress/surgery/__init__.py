@@ -1,0 +1,1 @@
+"""What of a decoder must be cut together, and cutting, merging, folding and inheriting it."""
