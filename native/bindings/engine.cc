@@ -182,7 +182,8 @@ nb::object new_array(std::vector<size_t> shape, float** data) {
 void bind_engine(nb::module_& m) {
   nb::exception<ContextOverflow>(m, "ContextOverflow");
 
-  nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, const PackedMatrix& weight, std::optional<Floats> bias, bool int8) {
+  nb::class_<Linear> factors(m, "Linear");
+  factors.def("__init__", [](Linear* self, const PackedMatrix& weight, std::optional<Floats> bias, bool int8) {
     new (self) Linear(make_linear(weight, bias, int8));
   }, "weight"_a, "bias"_a = nb::none(), "int8"_a = true)
       .def("on_grid", [](Linear& linear, const Grid& in, std::optional<Grid> out) {
@@ -208,6 +209,25 @@ void bind_engine(nb::module_& m) {
              linear.chosen = std::move(made);
            }, "thresholds"_a, "low_rank_in"_a.none() = nb::none(), "low_rank_out"_a.none() = nb::none(),
            "When a token is decoded, only inputs whose |x| is above a threshold are read; the others go through the low rank");
+  factors.def("factored", [](const Linear& left, const Linear& right) {
+            if (left.inner || left.plus || right.inner || right.plus || left.integers || right.integers || !right.bias.empty())
+              throw std::invalid_argument("two matrices make a linear: each by itself, on no grid, the right one without a bias");
+            if (left.weight.cols != right.weight.rows)
+              throw std::invalid_argument("left reads " + std::to_string(left.weight.cols) + " values, right gives " +
+                                          std::to_string(right.weight.rows));
+            Linear made = left;
+            made.inner = std::make_shared<const Linear>(right);
+            return made;
+          }, "right"_a, "left (right x), self being left")
+      .def("corrected", [](const Linear& linear, const Linear& term) {
+            if (linear.inner || linear.plus || linear.integers || !term.inner || term.plus || !term.bias.empty())
+              throw std::invalid_argument("a weight by itself, on no grid, is corrected by two matrices without a bias");
+            if (linear.rows() != term.rows() || linear.cols() != term.cols())
+              throw std::invalid_argument("a weight and what corrects it are of one shape");
+            Linear made = linear;
+            made.plus = std::make_shared<const Linear>(term);
+            return made;
+          }, "term"_a, "self plus another linear of two matrices");
   nb::class_<Grid>(m, "Grid", "code = clamp(rint(x / scale) + zero, 0, 2^bits - 1)").def("__init__", [](Grid* self, float scale, int32_t zero, int bits) {
     if (!(scale > 0) || bits < 2 || bits > 16 || zero < 0 || zero >= 1 << bits) throw std::invalid_argument("a grid has a positive scale, 2 to 16 bits and a zero among its codes");
     new (self) Grid{scale, zero, (1 << bits) - 1};

@@ -81,14 +81,13 @@ void Session::multiply_block(const Work* works, size_t n, const Inputs& inputs, 
   const size_t tiles = (block.count + kLanes - 1) / kLanes;
   for (size_t i = 0; i < n; ++i) {
     const PackedMatrix& weight = works[i].linear->weight;
-    const Activations& x = inputs.of(*works[i].linear);
     for (size_t panel = 0; panel < weight.panels(); panel += kRun) {
       const size_t panels = std::min(kRun, weight.panels() - panel);
       const uint8_t* next = i + 1 < n ? works[i + 1].linear->weight.data : nullptr;
       if (panel + kRun < weight.panels()) next = weight.panel(panel + kRun);
       for (size_t tile = 0; tile < tiles; ++tile) {
         float* y = works[i].y + (block.first + tile * kLanes) * works[i].stride + panel * kLanes;
-        works[i].kernel(weight, panel, panels, x, tile, 0, std::min(kLanes, block.count - tile * kLanes),
+        multiply_panels(*works[i].linear, works[i].kernel, panel, panels, inputs, tile, std::min(kLanes, block.count - tile * kLanes),
                         {y, works[i].stride, works[i].linear->bias_of(panel), works[i].add},
                         ahead_of(weight.panel(panel), panels * weight.panel_nbytes, next, tile, tiles));
       }
@@ -107,8 +106,9 @@ void Session::begin_layer(size_t index, size_t thread, const TokenBlock& block, 
     apply_norm(kernels_, layer.attention_norm, x, model_->hidden, buffer);
     return buffer;
   };
-  const Inputs inputs = prepare_block(thread, block, model_->hidden, inputs_of({&layer.q, &layer.k, &layer.v}), normed);
+  Inputs inputs = prepare_block(thread, block, model_->hidden, inputs_of({&layer.q, &layer.k, &layer.v}), normed);
   mark(thread, Operator::Qkv);
+  inputs = with_between_block(thread, {&layer.q, &layer.k, &layer.v}, inputs, block);
   const Work works[] = {{&layer.k, k.k, k_.floats(), kv_stride_, false},
                         {&layer.v, k.v, v_.floats(), kv_stride_, false},
                         {&layer.q, k.q, q_.floats(), q_stride_, false}};
@@ -125,16 +125,17 @@ void Session::end_layer(size_t index, size_t thread, const TokenBlock& block) {
   mark(thread, Operator::Attention);
   attend_block(layer, index, thread, block.first, block.first + block.count);
   {
-    const Inputs inputs = prepare_block(thread, block, layer.o.cols(), inputs_of({&layer.o}),
-                                        [&](size_t token, float*) { return attention_.floats() + token * q_stride_; });
+    Inputs inputs = prepare_block(thread, block, layer.o.cols(), inputs_of({&layer.o}),
+                                  [&](size_t token, float*) { return attention_.floats() + token * q_stride_; });
     mark(thread, Operator::Out);
+    inputs = with_between_block(thread, {&layer.o}, inputs, block);
     const Work work = {&layer.o, k.o, x_.floats(), hidden_stride_, true};
     multiply_block(&work, 1, inputs, block);
   }
   Inputs down = place(block.count, layer.down.cols(), kLanes, inputs_of({&layer.down}),
                       ffn_.data() + thread * block.most * ffn_stride_ * sizeof(float));
   {
-    const Inputs inputs =
+    Inputs inputs =
         prepare_block(thread, block, model_->hidden, inputs_of({&layer.gate, &layer.up}), [&](size_t token, float* buffer) {
           float* x = x_.floats() + token * hidden_stride_;
           if (!layer.post_norm) {
@@ -145,9 +146,11 @@ void Session::end_layer(size_t index, size_t thread, const TokenBlock& block) {
           return x;
         });
     mark(thread, Operator::GateUp);
+    inputs = with_between_block(thread, {&layer.up, &layer.gate}, inputs, block);
     feed_block(layer, k, inputs, block, down);
   }
   mark(thread, Operator::Down);
+  down = with_between_block(thread, {&layer.down}, down, block);
   const Work work = {&layer.down, k.down, x_.floats(), hidden_stride_, true};
   multiply_block(&work, 1, down, block);
 }
@@ -165,8 +168,8 @@ void Session::feed_block(const Layer& layer, const LayerKernels& k, const Inputs
       auto multiplied = [&](const Linear& linear, MatmulKernel kernel, float* y) {
         const PackedMatrix& weight = linear.weight;
         const uint8_t* next = panel + kRun < panels ? weight.panel(panel + kRun) : nullptr;
-        kernel(weight, panel, n, inputs.of(linear), tile, 0, count, {y, width, linear.bias_of(panel)},
-               ahead_of(weight.panel(panel), n * weight.panel_nbytes, next, tile, tiles));
+        multiply_panels(linear, kernel, panel, n, inputs, tile, count, {y, width, linear.bias_of(panel)},
+                        ahead_of(weight.panel(panel), n * weight.panel_nbytes, next, tile, tiles));
       };
       multiplied(layer.up, k.up, up);
       if (gated) multiplied(layer.gate, k.gate, gate);

@@ -11,7 +11,8 @@ constexpr size_t kFewest = 1, kFewestPairs = 2, kMost = 8;
 // Panels in one call of a kernel: what is fetched meanwhile spans few stretches.
 constexpr size_t kAtOnce = 4;
 
-size_t panels_of(std::initializer_list<const Linear*> linears) {
+template <class Linears>
+size_t panels_of(const Linears& linears) {
   size_t total = 0;
   for (const Linear* linear : linears) total += linear->weight.panels();
   return total;
@@ -26,7 +27,7 @@ void Session::plan_weights(size_t thread) {
   const size_t threads = pool_.in_use(), layers = model_->layers.size();
   reads_[thread].threads = threads;
   ahead.reset(layers * kPhases + 1);
-  auto in_turn = [&](size_t phase, std::initializer_list<const Linear*> linears) {
+  auto in_turn = [&](size_t phase, const auto& linears) {
     const auto [from, to] = Pool::stretch(panels_of(linears), thread, threads);
     size_t base = 0;
     for (const Linear* linear : linears) {
@@ -36,27 +37,37 @@ void Session::plan_weights(size_t thread) {
       base += w.panels();
     }
   };
+  using Linears = std::initializer_list<const Linear*>;
+  auto before = [&](size_t phase, Linears linears) {
+    std::vector<const Linear*> inner;
+    if (!each_alone(linears)) each_between(linears, [&](const Linear& linear) { inner.push_back(linear.inner.get()); });
+    in_turn(phase, inner);
+  };
   for (size_t i = 0; i < layers; ++i) {
     const Layer& layer = model_->layers[i];
     if (in_columns(layer)) continue;  // which ones is known when its inputs are
     if (layer.attends()) {
-      in_turn(phase_of(i, kQueriesKeysValues), {&layer.q, &layer.k, &layer.v});
-      in_turn(phase_of(i, kOut), {&layer.o});
+      before(phase_of(i, kBeforeQueriesKeysValues), {&layer.q, &layer.k, &layer.v});
+      in_turn(phase_of(i, kQueriesKeysValues), Linears{&layer.q, &layer.k, &layer.v});
+      before(phase_of(i, kBeforeOut), {&layer.o});
+      in_turn(phase_of(i, kOut), Linears{&layer.o});
     }
     if (layer.cross) {
-      in_turn(phase_of(i, kCrossQueries), {&layer.cross->q});
-      in_turn(phase_of(i, kCrossOut), {&layer.cross->o});
+      in_turn(phase_of(i, kCrossQueries), Linears{&layer.cross->q});
+      in_turn(phase_of(i, kCrossOut), Linears{&layer.cross->o});
     }
     if (!layer.up.present()) continue;  // of experts, which ones is not known beforehand
+    before(phase_of(i, kBeforeGateAndUp), {&layer.up, &layer.gate});
     const auto [from, to] = Pool::stretch(layer.up.weight.panels(), thread, threads);
     for (size_t panel = from, n; panel < to; panel += n) {
       n = Pool::own_share(to - panel, kFewestPairs, kMost);
       for (const Linear* linear : {&layer.up, &layer.gate})
         if (linear->present()) ahead.add(phase_of(i, kGateAndUp), linear->weight.panel(panel), n * linear->weight.panel_nbytes);
     }
-    in_turn(phase_of(i, kDown), {&layer.down});
+    before(phase_of(i, kBeforeDown), {&layer.down});
+    in_turn(phase_of(i, kDown), Linears{&layer.down});
   }
-  if (model_->head.present()) in_turn(phase_of(layers, kHead), {&model_->head});
+  if (model_->head.present()) in_turn(phase_of(layers, kHead), Linears{&model_->head});
 }
 
 // What this pass reads: the weights, and the keys and values of the slot as attend_one takes them.
@@ -102,7 +113,7 @@ void Session::read_panels(const Linear& linear, MatmulKernel kernel, size_t from
   for (size_t panel = from, n; panel < to; panel += n) {
     n = std::min(kAtOnce, to - panel);
     const Ahead ahead = reads != nullptr ? reads->over(w.panel(panel), n * w.panel_nbytes) : Ahead{};
-    kernel(w, panel, n, inputs.of(linear), 0, 0, 1, {y + (panel - from) * kLanes, n * kLanes, linear.bias_of(panel), add}, ahead);
+    multiply_panels(linear, kernel, panel, n, inputs, 0, 1, {y + (panel - from) * kLanes, n * kLanes, linear.bias_of(panel), add}, ahead);
   }
 }
 

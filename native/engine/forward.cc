@@ -25,9 +25,12 @@ void Session::embed(size_t thread) {
   pool_.barrier();
 }
 
-void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& inputs, size_t tokens) {
+void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n, const Inputs& given, size_t tokens) {
   if (thread == 0 && profile_.on()) profile_.mark(operator_of(phase));
-  if (works[0].linear->weight.format.columns) return multiply_unpacked(thread, works, n, inputs, tokens);
+  if (works[0].linear->weight.format.columns) return multiply_unpacked(thread, works, n, given, tokens);
+  const Inputs inputs = n == 3   ? with_between(thread, phase, {works[0].linear, works[1].linear, works[2].linear}, given, tokens)
+                        : n == 1 ? with_between(thread, phase, {works[0].linear}, given, tokens)
+                                 : given;
   if (tokens == 1 && count_ == 1 && phase != kUnplanned) {
     multiply_one(thread, phase, works, n, inputs);
     return wait(thread);
@@ -57,8 +60,8 @@ void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n,
       for (size_t tile = first_tile; tile < last_tile; ++tile) {
         const size_t count = std::min(x.slots, tokens - tile * x.slots);
         const Ahead ahead = ahead_of(weight.panel(panel), nbytes, next, tile - first_tile, last_tile - first_tile);
-        work.kernel(weight, panel, last - first, x, tile, 0, count,
-                    {work.y + tile * x.slots * work.stride + panel * kLanes, work.stride, work.linear->bias_of(panel), work.add}, ahead);
+        multiply_panels(*work.linear, work.kernel, panel, last - first, inputs, tile, count,
+                        {work.y + tile * x.slots * work.stride + panel * kLanes, work.stride, work.linear->bias_of(panel), work.add}, ahead);
       }
     }
   }
@@ -66,9 +69,10 @@ void Session::multiply(size_t thread, size_t phase, const Work* works, size_t n,
 }
 
 // down: where the results go as inputs of the next linear, tile by tile; null: into rows of ffn_.
-void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& inputs, size_t thread, size_t phase, Inputs* down) {
+void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Inputs& given, size_t thread, size_t phase, Inputs* down) {
   mark(thread, Operator::GateUp);
-  if (in_columns(layer)) return gate_and_up_unpacked(layer, k, inputs, thread, down);
+  if (in_columns(layer)) return gate_and_up_unpacked(layer, k, given, thread, down);
+  const Inputs inputs = with_between(thread, phase, {&layer.up, &layer.gate}, given, count_);
   if (count_ == 1) {
     gate_and_up_one(layer, k, inputs, thread, phase);
     return wait(thread);
@@ -77,7 +81,6 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
   const bool gated = layer.gate.present();
   const Items items(panels, layer.up.weight.panel_nbytes, config_.threads, tokens, config_.tuning.runs_per_thread);
   const Activations& x_up = inputs.of(layer.up);
-  const Activations& x_gate = inputs.of(layer.gate);
   float gate[kLanes * kMostPanels * kLanes], local[kLanes * kMostPanels * kLanes];
   for (size_t item = pool_.take(1), after; item < items.count(); item = after) {
     after = pool_.take(1);
@@ -92,9 +95,10 @@ void Session::gate_and_up(const Layer& layer, const LayerKernels& k, const Input
       const size_t count = std::min(x_up.slots, tokens - tile * x_up.slots);
       const size_t stride = down == nullptr ? ffn_stride_ : width;
       float* up = down == nullptr ? ffn_.floats() + tile * x_up.slots * stride + from * kLanes : local;
-      k.up(layer.up.weight, from, n, x_up, tile, 0, count, {up, stride, layer.up.bias_of(from)}, ahead(layer.up.weight, tile));
+      multiply_panels(layer.up, k.up, from, n, inputs, tile, count, {up, stride, layer.up.bias_of(from)}, ahead(layer.up.weight, tile));
       if (gated)
-        k.gate(layer.gate.weight, from, n, x_gate, tile, 0, count, {gate, width, layer.gate.bias_of(from)}, ahead(layer.gate.weight, tile));
+        multiply_panels(layer.gate, k.gate, from, n, inputs, tile, count, {gate, width, layer.gate.bias_of(from)},
+                        ahead(layer.gate.weight, tile));
       for (size_t t = 0; t < count; ++t) {
         this->gated(layer, gated ? gate + t * width : nullptr, up + t * stride, width);
         if (down != nullptr) convert(up + t * stride, from * kLanes, width, *down, tile * x_up.slots + t);

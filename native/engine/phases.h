@@ -8,7 +8,11 @@
 namespace edgewise {
 
 // The phases of a layer that read weights or keys and values; the head is the first phase after the last layer.
-enum Phase : size_t { kQueriesKeysValues, kAttend, kOut, kCrossQueries, kCrossOut, kGateAndUp, kDown, kPhases, kHead = 0 };
+// Before some comes the first half of its linears, where they have two matrices.
+enum Phase : size_t {
+  kBeforeQueriesKeysValues, kQueriesKeysValues, kAttend, kBeforeOut, kOut, kCrossQueries, kCrossOut, kBeforeGateAndUp, kGateAndUp,
+  kBeforeDown, kDown, kPhases, kHead = 0
+};
 inline constexpr size_t kUnplanned = SIZE_MAX;  // a phase whose weights are known only when it begins
 
 inline size_t phase_of(size_t layer, Phase phase) { return layer * kPhases + phase; }
@@ -73,9 +77,31 @@ inline void apply_norm(const Kernels& kernels, const Norm& norm, const float* x,
 // What linears that read the same want it rounded to.
 inline unsigned inputs_of(std::initializer_list<const Linear*> linears) {
   unsigned wanted = 0;
-  for (const Linear* linear : linears)
-    if (linear->present()) wanted |= static_cast<unsigned>(linear->input());
+  for (const Linear* linear : linears) {
+    if (!linear->present()) continue;
+    wanted |= static_cast<unsigned>(linear->inner ? linear->inner->input() : linear->input());
+    if (linear->plus) wanted |= static_cast<unsigned>(linear->plus->inner->input());
+  }
   return wanted;
+}
+
+// Linears and their second terms that have two matrices, at most kMostBetween of them.
+template <class Use>
+void each_between(std::initializer_list<const Linear*> linears, Use use) {
+  for (const Linear* linear : linears) {
+    if (!linear->present()) continue;
+    if (linear->inner) use(*linear);
+    if (linear->plus) use(*linear->plus);
+  }
+}
+
+// Where the first matrices of a phase are as small as that, a token's pass has every thread multiply all of them, which
+// takes less time than threads need to meet.
+inline constexpr size_t kAloneNbytes = 48 << 10;
+inline bool each_alone(std::initializer_list<const Linear*> linears) {
+  size_t nbytes = 0;
+  each_between(linears, [&](const Linear& linear) { nbytes += linear.inner->weight.nbytes; });
+  return nbytes <= kAloneNbytes;
 }
 
 // The grid of inputs that linears share; null where none has one.

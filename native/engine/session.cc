@@ -57,6 +57,8 @@ Pages& Pages::operator=(Pages&& other) noexcept {
 
 MatmulKernel Session::kernel_for(const Linear& linear) {
   if (!linear.present()) return nullptr;
+  for (const Linear* also : {linear.inner.get(), linear.plus.get()})
+    if (also != nullptr) kernel_for(*also);
   bfloats_ |= linear.input() == Input::BFloat16;
   integers_ |= linear.input() == Input::Integer;
   if (linear.integers) return kernels_.integer.matmul(linear.weight.format);
@@ -89,6 +91,10 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
       if (linear->present()) max_cols_ = std::max(max_cols_, linear->cols());
     layer_kernels_.push_back({kernel_for(layer.q), kernel_for(layer.k), kernel_for(layer.v), kernel_for(layer.o),
                               kernel_for(layer.gate), kernel_for(layer.up), kernel_for(layer.down)});
+    add_between({&layer.q, &layer.k, &layer.v});
+    add_between({&layer.o});
+    add_between({&layer.up, &layer.gate});
+    add_between({&layer.down});
     // All positions are there before any query where each sees all: they are never packed.
     const bool at_once = config_.kv == KvType::Int4 && layer.visible == Visible::Full;
     KvLayout layout{at_once ? KvType::Int8 : config_.kv, layer.head_dim, layer.value_dim};
@@ -162,6 +168,10 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   const size_t whole = std::max<size_t>(n, kLanes);
   shared_inputs_ = Pages(inputs_nbytes(whole, kLanes));
   const size_t one = inputs_nbytes(1, 1);
+  if (between_width_ > 0) {
+    between_ = Pages((whole + kLanes - 1) / kLanes * between_tile_nbytes_);
+    between_rows_ = Pages(between_width_ * 4);
+  }
   if (per_token_ > 0) {
     const size_t entries = n * per_token_;
     const size_t tiles = (entries + (kLanes - 1) * std::min(entries, most_experts_)) / kLanes;
@@ -177,6 +187,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   for (size_t t = 0; t < config_.threads; ++t) {
     if (per_token_ > 0) thread_experts_.emplace_back(per_token_ * one);
     thread_inputs_.emplace_back(one);
+    if (between_width_ > 0) thread_between_.emplace_back(between_one_nbytes_ + between_width_ * 4);
     thread_rows_.emplace_back(padded16(max_cols_) * 4);
     thread_attention_.emplace_back((kAttentionScratch + queries_room) * 4);
   }
@@ -186,6 +197,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
     logits_ = Pages(logits_rows_ * logits_stride_ * 4);
   }
   if (columns_) add_columns();
+  thread_betweens_.resize(config_.threads);
   reads_.resize(config_.threads);
   for (Reads& reads : reads_) reads.ahead.limit(config_.tuning);
   lengths_.assign(config_.slots, 0);
@@ -207,7 +219,9 @@ size_t Session::inputs_nbytes(size_t tokens, size_t slots) const {
 
 size_t Session::scratch_nbytes() const {
   size_t total = x_.nbytes() + q_.nbytes() + k_.nbytes() + v_.nbytes() + attention_.nbytes() + ffn_.nbytes() + branch_.nbytes() +
-                 router_.nbytes() + expert_inputs_.nbytes() + shared_inputs_.nbytes() + partial_.nbytes() + logits_.nbytes() + fresh_.nbytes();
+                 router_.nbytes() + expert_inputs_.nbytes() + shared_inputs_.nbytes() + partial_.nbytes() + logits_.nbytes() + fresh_.nbytes() +
+                 between_.nbytes() + between_rows_.nbytes();
+  for (const Pages& pages : thread_between_) total += pages.nbytes();
   for (const Pages& pages : thread_inputs_) total += pages.nbytes();
   for (const Pages& pages : thread_experts_) total += pages.nbytes();
   for (const Pages& pages : thread_rows_) total += pages.nbytes();

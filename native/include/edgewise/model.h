@@ -39,17 +39,21 @@ struct ChosenInputs {
   ChosenInputs(const PackedMatrix& weight, const float* thresholds);
 };
 
+// y = weight x + bias, plus what `plus` makes of x. With an inner linear, weight (rows, rank) reads (inner x) instead of x:
+// a product of two thin matrices, which nothing ever multiplies out.
 struct Linear {
   PackedMatrix weight;
   std::vector<float> bias;  // (rows), with zeros up to whole panels; or empty
   const float* bias_of(size_t panel) const { return bias.empty() ? nullptr : bias.data() + panel * kLanes; }
   size_t rows() const { return weight.rows; }
-  size_t cols() const { return weight.cols; }
+  size_t cols() const { return inner ? inner->cols() : weight.cols; }
   bool present() const { return weight.data != nullptr; }
   bool int8 = true;  // inputs are rounded to int8 per 32, where the weight is quantised
   std::shared_ptr<const Integers> integers;  // inputs are on a grid; the bias is in there
   std::shared_ptr<const ChosenInputs> chosen;  // the weight lies in columns
-  Input input() const {
+  std::shared_ptr<const Linear> inner;       // (rank, cols), without bias, inner or plus of its own
+  std::shared_ptr<const Linear> plus;        // with an inner, without bias or plus of its own
+  Input input() const {  // of what the weight reads
     if (integers) return Input::Integer;
     if (weight.format.element == Element::BFloat16Pairs) return Input::BFloat16;
     return int8 && weight.format.quantised() ? Input::Int8 : Input::Float32;

@@ -132,10 +132,20 @@ class Session {
     size_t stride;
     bool add;
   };
+  struct Between {  // what lies between the two matrices of a linear
+    const Linear* linear;
+    Activations values;
+  };
+  static constexpr size_t kMostBetween = 6;  // of the linears of a phase
   struct Inputs {
     Activations int8, floats, bfloats, codes;
     const Grid* grid = nullptr;  // of codes
+    const Between* between = nullptr;
+    size_t betweens = 0;
     const Activations& of(const Linear& linear) const {
+      if (linear.inner)
+        for (size_t i = 0; i < betweens; ++i)
+          if (between[i].linear == &linear) return between[i].values;
       if (linear.input() == Input::Integer) return codes;
       return linear.input() == Input::Int8 ? int8 : linear.input() == Input::Float32 ? floats : bfloats;
     }
@@ -233,6 +243,16 @@ class Session {
   }
   Operator operator_of(size_t phase) const;
   MatmulKernel kernel_for(const Linear& linear);
+  MatmulKernel kernel_of(const Linear& linear) const;
+  void add_between(std::initializer_list<const Linear*> linears);
+  Inputs with_between(size_t thread, size_t phase, std::initializer_list<const Linear*> linears, Inputs inputs, size_t tokens);
+  Inputs with_between_block(size_t thread, std::initializer_list<const Linear*> linears, Inputs inputs, const TokenBlock& block);
+  size_t place_between(size_t thread, std::initializer_list<const Linear*> linears, Inputs& inputs, size_t tokens, size_t slots,
+                       uint8_t* buffer);
+  void keep_between(Between& between, const float* values, size_t first, size_t n, size_t token) const;
+  void between_panels(Between& between, const Inputs& inputs, size_t panel, size_t panels, size_t first_tile, size_t last_tile);
+  void multiply_panels(const Linear& linear, MatmulKernel kernel, size_t panel, size_t panels, const Inputs& inputs, size_t tile,
+                       size_t count, const Products& out, const Ahead& ahead) const;
   void embed(size_t thread);
   static constexpr unsigned kAttendPart = 1, kOutputPart = 2, kFeedForwardPart = 4, kDownPart = 8, kWhole = 15;
   void run_layer(size_t index, size_t thread, size_t first, size_t last, unsigned parts = kWhole);
@@ -369,6 +389,13 @@ class Session {
   std::vector<Pages> thread_inputs_;  // ... of each thread, when every thread makes its own
   std::vector<Pages> thread_rows_;
   std::vector<Pages> thread_attention_;
+  Pages between_, between_rows_;      // inputs between two matrices: of all tokens; of one, before they are rounded
+  size_t between_tile_nbytes_ = 0, between_one_nbytes_ = 0, between_width_ = 0;
+  std::vector<Pages> thread_between_; // ... of one token, of each thread, and their floats
+  struct alignas(64) Betweens {
+    Between list[kMostBetween];
+  };
+  std::vector<Betweens> thread_betweens_;
   Pages partial_;                     // chunks of one token's attention
   size_t max_cols_ = 0;
   bool decoding_ = false;

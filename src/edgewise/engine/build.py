@@ -9,12 +9,50 @@ import numpy as np
 
 from edgewise.core.activation import StaticActivation
 from edgewise.core.errors import UnsupportedError
-from edgewise.core.storage import Dense, InputSparse, Stored
+from edgewise.core.storage import Dense, Factored, InputSparse, Sparse, Stored, Sum
 from edgewise.engine.packing import PackedWeights
 from edgewise.engine.plan import Attention, Experts, FeedForward, Layer, Linear, Norm, Plan
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["build_model", "linears_of", "low_rank_of"]
+__all__ = ["build_model", "linears_of", "low_rank_of", "packed_parts", "phases_of"]
+
+
+def packed_parts(plan: Plan) -> dict[int, tuple[tuple[str, Stored], ...]]:
+    """By id() of a weight that runs as its parts, these with what is added to its name: a product of two matrices, or
+    a weight plus such a product, where a layer's attention and feed-forward multiply it."""
+    found: dict[int, tuple[tuple[str, Stored], ...]] = {}
+    for each in (plan, plan.encoder):
+        for layer in () if each is None else each.layers:
+            # What reads the same input lies in columns as a whole, or not at all.
+            phases = [phase for phase in phases_of(layer)
+                      if not any(isinstance(linear.weight, InputSparse) for linear in phase)]
+            for linear in (linear for phase in phases for linear in phase):
+                parts = _parts_of(linear.weight)
+                if parts and linear.activation != "static":
+                    found[id(linear.weight)] = parts
+    return found
+
+
+def phases_of(layer: Layer) -> list[tuple[Linear, ...]]:
+    """The linears of attention and of a feed-forward without experts, those that are multiplied at a time together."""
+    attention, ffn, phases = layer.attention, layer.feed_forward, list[tuple[Linear, ...]]()
+    if attention is not None:
+        phases += [(attention.q, attention.k, attention.v), (attention.o,)]
+    if isinstance(ffn, FeedForward):
+        phases += [(ffn.up,) if ffn.gate is None else (ffn.up, ffn.gate), (ffn.down,)]
+    return phases
+
+
+def _parts_of(weight: Stored) -> tuple[tuple[str, Stored], ...]:
+    if isinstance(weight, Factored):
+        pair = (weight.left, weight.right)
+        return () if any(isinstance(part, Factored | Sum) for part in pair) else tuple(
+            zip((".left", ".right"), pair, strict=True))
+    if isinstance(weight, Sum) and len(weight.parts) == 2 and isinstance(weight.parts[1], Factored):
+        first, rest = weight.parts[0], _parts_of(weight.parts[1])
+        sparse = any(isinstance(part, Sparse) and part.encoding == "csr" for _, part in rest)
+        return () if isinstance(first, Factored | Sum) or not rest or sparse else (("", first), *rest)
+    return ()
 
 
 def linears_of(plan: Plan) -> Iterator[Linear]:
@@ -55,9 +93,17 @@ def build_model(plan: Plan, packed: PackedWeights, names: dict[int, str]) -> Any
     def matrix(stored: Stored) -> Any:
         return packed.matrices[names[id(stored)]]
 
+    def native(stored: Stored, source: Linear, bias: Any) -> Any:
+        """In the form it was packed in: as a whole, or as its parts."""
+        if id(stored) not in names and isinstance(stored, Factored):
+            return native(stored.left, source, bias).factored(native(stored.right, source, None))
+        if id(stored) not in names and isinstance(stored, Sum):
+            weight, term = stored.parts
+            return native(weight, source, bias).corrected(native(term, source, None))
+        return _core.Linear(matrix(stored), bias, source.activation == "int8")
+
     def linear(source: Linear) -> Any:
-        bias = None if source.bias is None else _floats(source.bias)
-        made = _core.Linear(matrix(source.weight), bias, source.activation == "int8")
+        made = native(source.weight, source, None if source.bias is None else _floats(source.bias))
         if isinstance(source.weight, InputSparse):
             factors = [_core.Linear(matrix(factor), None, not isinstance(factor, Dense))
                        for _, factor in low_rank_of(source)]

@@ -15,12 +15,12 @@ from edgewise.core.activation import activations_of
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import BudgetError, InvalidValueError, notice
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, float32_to_bf16, quantize
-from edgewise.core.storage import Dense, QuantizedTensor
+from edgewise.core.storage import Dense, QuantizedTensor, Stored
 from edgewise.core.values import dataclass
 from edgewise.data.chat import chat_template_of
 from edgewise.data.tokenizer import Tokenizer, tokenizer_of
 from edgewise.engine.archs import plan_of
-from edgewise.engine.build import build_model, linears_of, low_rank_of
+from edgewise.engine.build import build_model, linears_of, low_rank_of, packed_parts
 from edgewise.engine.memory import kv_bytes, scratch_bytes
 from edgewise.engine.model import KV_FORMATS, LanguageModel, native_errors
 from edgewise.engine.packing import Recipe, layout_of, pack_all, packing, recipe_of, unique
@@ -207,12 +207,19 @@ def with_static_of(checkpoint: Checkpoint, plan: Plan, *, wanted: bool) -> Plan:
 
 def recipes_of(plan: Plan) -> tuple[dict[str, Recipe], dict[int, str]]:
     """How each weight of a plan is packed, by name; and the name of each stored object, by id()."""
-    weights = unique(pair for linear in linears_of(plan)
-                     for pair in ((linear.key, linear.weight), *low_rank_of(linear)))
-    pairs = {id(linear.weight) for linear in linears_of(plan) if linear.activation == "bfloat16"}
+    apart = packed_parts(plan)
+
+    def parts(linear: Linear) -> list[tuple[str, Stored]]:
+        """By name: the weight, or what it is made of."""
+        own = apart.get(id(linear.weight), (("", linear.weight),))
+        return [*((f"{linear.key}{part}", stored) for part, stored in own), *low_rank_of(linear)]
+
+    weights = unique(part for linear in linears_of(plan) for part in parts(linear))
+    pairs = {id(stored) for linear in linears_of(plan) if linear.activation == "bfloat16"
+             for _, stored in parts(linear)}
     tables = [table for table in (plan, plan.encoder) if table is not None]
     multiplied = {id(stored) for linear in linears_of(plan) if all(linear is not t.embedding for t in tables)
-                  for stored in (linear.weight, *(factor for _, factor in low_rank_of(linear)))}
+                  for _, stored in parts(linear)}
     return ({name: recipe_of(name, stored, pairs=id(stored) in pairs, table=id(stored) not in multiplied)
              for name, stored in weights.items()},
             {id(stored): name for name, stored in weights.items()})

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from edgewise.core.errors import collect_notices
-from edgewise.core.storage import InputSparse
-from edgewise.engine.build import linears_of
+from edgewise.core.numbers import BF16
+from edgewise.core.storage import Dense, InputSparse, Stored
+from edgewise.engine.build import linears_of, packed_parts, phases_of
 from edgewise.engine.packing import recipe_of
-from edgewise.engine.plan import Attention, AttentionPolicy, CrossAttention, Experts, Plan, endless
+from edgewise.engine.plan import Attention, AttentionPolicy, CrossAttention, Experts, Linear, Plan, endless
 
 __all__ = ["kv_bytes", "scratch_bytes"]
 
@@ -147,6 +148,31 @@ def _slab_bytes(weight: InputSparse) -> int:
     return _up(int(native.nbytes(512 // native.bits, weight.shape[1])), 64)
 
 
+def _between_bytes(plan: Plan, batch: int, threads: int) -> int:
+    """What lies between the two matrices of factored linears: of a pass, and of one token in each thread."""
+    apart = packed_parts(replace(plan, encoder=None))
+
+    def kind_bytes(linear: Linear, left: Stored, tokens: int, slots: int) -> int:
+        rank = left.shape[1]
+        cells = _up(tokens, slots) * (_up(rank, 32) // 32)
+        if isinstance(left, Dense) or linear.activation not in ("int8", "static"):
+            pairs = isinstance(left, Dense) and left.number == BF16 and linear.activation == "bfloat16"
+            return _up(cells * 32 * (2 if pairs else 4), 64)
+        return _up(cells * 32, 64) + 6 * _up(cells * 4, 64)
+
+    tile = one = width = 0
+    for layer in plan.layers:
+        for linears in phases_of(layer):
+            lefts = [(linear, stored) for linear in linears
+                     for name, stored in apart.get(id(linear.weight), ()) if name == ".left"]
+            tile = max(tile, sum(kind_bytes(linear, left, 16, 16) for linear, left in lefts))
+            one = max(one, sum(kind_bytes(linear, left, 1, 1) for linear, left in lefts))
+            width = max(width, sum(_up(left.shape[1], 16) for _, left in lefts))
+    if not width:
+        return 0
+    return -(-max(batch, 16) // 16) * tile + 4 * width + threads * (one + 4 * width)
+
+
 def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str = "fp16", slots: int = 1) -> int:
     """Buffers of a pass of `batch` tokens, of attention, logits and rotary tables; an encoder's own are added."""
     attentions = _attentions(plan)
@@ -172,6 +198,7 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str
     softmax = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + queries) * 4
     wide = _up(batch, 16) * max(per_token, 1) * _up(ffn_width, 32)
     total = (batch * rows + wide) * 4 + partial * 4 + shared + threads * (own + softmax)
+    total += _between_bytes(plan, batch, threads)
     if any(layer.rounding is not None and layer.rounding.attends for layer in plan.layers):
         total += threads * (_up(context, 16) + 16) * 7  # scores, and probabilities in three pieces
     total += threads * _chosen_bytes(plan, cols)

@@ -87,11 +87,14 @@ def workload_of_text(plan: Plan, matrices: Mapping[str, Any], *, tokens: int, kv
 
 def _linear(matrices: Mapping[str, Any], source: Linear, rows_in: float, *, tokens: int, int8: bool | None,
             name: str = "", reads: float = 1) -> Op:
-    matrix = matrices[name or source.key]
+    own = [matrices[key] for key in ([name or source.key] if (name or source.key) in matrices else [])]
+    # A product of two matrices, alone or beside a weight, is under their names.
+    own += [matrices[f"{source.key}{part}"] for part in (".left", ".right") if f"{source.key}{part}" in matrices]
+    out, inputs = source.weight.shape
     whole = source.activation in ("int8", "static") if int8 is None else int8
-    macs = round(matrix.rows * matrix.cols * rows_in)
-    return Op(source.name, "linear", ((tokens, matrix.cols), (tokens, matrix.rows)), macs,
-              round(matrix.nbytes * reads), 0, 0, "int8" if whole else "fp32")
+    macs = round(sum(matrix.rows * matrix.cols for matrix in own) * rows_in)
+    return Op(source.name, "linear", ((tokens, inputs), (tokens, out)), macs,
+              round(sum(matrix.nbytes for matrix in own) * reads), 0, 0, "int8" if whole else "fp32")
 
 
 def _across(plan: Plan, layer: Layer, cross: CrossAttention, tokens: int, source: int, kv: str, passes: int) -> Op:
