@@ -133,7 +133,7 @@ void Session::end_layer(size_t index, size_t thread, const TokenBlock& block) {
     multiply_block(&work, 1, inputs, block);
   }
   Inputs down = place(block.count, layer.down.cols(), kLanes, inputs_of({&layer.down}),
-                      ffn_.data() + thread * block.most * ffn_stride_ * sizeof(float));
+                      ffn_.data() + thread * block.most * ffn_stride_ * ffn_value_nbytes_);
   {
     Inputs inputs =
         prepare_block(thread, block, model_->hidden, inputs_of({&layer.gate, &layer.up}), [&](size_t token, float* buffer) {

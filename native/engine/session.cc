@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -10,6 +11,7 @@
 #include <utility>
 
 #include "edgewise/pack.h"
+#include "engine/phases.h"
 
 namespace edgewise {
 
@@ -91,6 +93,8 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
       if (linear->present()) max_cols_ = std::max(max_cols_, linear->cols());
     layer_kernels_.push_back({kernel_for(layer.q), kernel_for(layer.k), kernel_for(layer.v), kernel_for(layer.o),
                               kernel_for(layer.gate), kernel_for(layer.up), kernel_for(layer.down)});
+    // The last linear and its second term may want their inputs in two forms, which together are wider than floats.
+    if (std::popcount(inputs_of({&layer.down})) > 1) ffn_value_nbytes_ = 8;
     add_between({&layer.q, &layer.k, &layer.v});
     add_between({&layer.o});
     add_between({&layer.up, &layer.gate});
@@ -162,7 +166,7 @@ Session::Session(std::shared_ptr<const Model> model, const SessionConfig& config
   k_ = Pages(n * kv_stride_ * 4);
   v_ = Pages(n * kv_stride_ * 4);
   attention_ = Pages(n * q_stride_ * 4);
-  ffn_ = Pages(padded16(n) * std::max<size_t>(per_token_, 1) * ffn_stride_ * 4);
+  ffn_ = Pages(padded16(n) * std::max<size_t>(per_token_, 1) * ffn_stride_ * ffn_value_nbytes_);
   if (normed_after || per_token_ > 0) branch_ = Pages(n * hidden_stride_ * 4);
   partial_ = Pages(partial * 4);
   const size_t whole = std::max<size_t>(n, kLanes);

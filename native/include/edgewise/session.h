@@ -372,7 +372,7 @@ class Session {
   std::vector<int32_t> tokens_, slots_, positions_, ends_;
   std::vector<size_t> sequences_;  // first token of each slot, and count_; empty where a slot's tokens lie apart
   std::vector<size_t> lengths_;
-  size_t hidden_stride_ = 0, q_stride_ = 0, kv_stride_ = 0, ffn_stride_ = 0;
+  size_t hidden_stride_ = 0, q_stride_ = 0, kv_stride_ = 0, ffn_stride_ = 0, ffn_value_nbytes_ = 4;
   Pages x_, q_, k_, v_, attention_, ffn_;
   Pages branch_;                      // what a part gives, where it is normed before it is added
   Pages router_;                      // scores of every token's experts, then of its shared gate

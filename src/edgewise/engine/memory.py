@@ -148,6 +148,21 @@ def _slab_bytes(weight: InputSparse) -> int:
     return _up(int(native.nbytes(512 // native.bits, weight.shape[1])), 64)
 
 
+def _kind(linear: Linear, stored: Stored) -> str:
+    """What a matrix wants its inputs rounded to."""
+    if linear.activation == "bfloat16" and isinstance(stored, Dense) and stored.number == BF16:
+        return "bfloat16"
+    return "float32" if isinstance(stored, Dense) or linear.activation != "int8" else "int8"
+
+
+def _two_forms(plan: Plan) -> bool:
+    """Whether a feed-forward's last linear and its second term want their inputs in two forms."""
+    apart = packed_parts(replace(plan, encoder=None))
+    downs = [part.down for layer in plan.layers for part in layer.feed_forwards]
+    return any(len({_kind(linear, stored) for name, stored in apart.get(id(linear.weight), ()) if name != ".left"}) > 1
+               for linear in downs)
+
+
 def _between_bytes(plan: Plan, batch: int, threads: int) -> int:
     """What lies between the two matrices of factored linears: of a pass, and of one token in each thread."""
     apart = packed_parts(replace(plan, encoder=None))
@@ -155,10 +170,10 @@ def _between_bytes(plan: Plan, batch: int, threads: int) -> int:
     def kind_bytes(linear: Linear, left: Stored, tokens: int, slots: int) -> int:
         rank = left.shape[1]
         cells = _up(tokens, slots) * (_up(rank, 32) // 32)
-        if isinstance(left, Dense) or linear.activation not in ("int8", "static"):
-            pairs = isinstance(left, Dense) and left.number == BF16 and linear.activation == "bfloat16"
-            return _up(cells * 32 * (2 if pairs else 4), 64)
-        return _up(cells * 32, 64) + 6 * _up(cells * 4, 64)
+        kind = _kind(linear, left)
+        if kind == "int8":
+            return _up(cells * 32, 64) + 6 * _up(cells * 4, 64)
+        return _up(cells * 32 * (2 if kind == "bfloat16" else 4), 64)
 
     tile = one = width = 0
     for layer in plan.layers:
@@ -197,7 +212,7 @@ def scratch_bytes(plan: Plan, context: int, batch: int, threads: int, *, kv: str
     queries = _MAX_QUERIES * max(3 * _MAX_HEAD_DIM, (2 * _GROUPS_AT_ONCE + 1) * width)
     softmax = (_MAX_QUERIES * _CHUNK + 16 * _MAX_HEAD_DIM + queries) * 4
     wide = _up(batch, 16) * max(per_token, 1) * _up(ffn_width, 32)
-    total = (batch * rows + wide) * 4 + partial * 4 + shared + threads * (own + softmax)
+    total = (batch * rows + wide * (1 + _two_forms(plan))) * 4 + partial * 4 + shared + threads * (own + softmax)
     total += _between_bytes(plan, batch, threads)
     if any(layer.rounding is not None and layer.rounding.attends for layer in plan.layers):
         total += threads * (_up(context, 16) + 16) * 7  # scores, and probabilities in three pieces
