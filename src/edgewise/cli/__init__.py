@@ -19,6 +19,7 @@ VERBS: dict[str, str] = {
     "chat": "Talk with a language model.",
     "fit": "Choose number formats so that a model fits a memory or storage budget.",
     "quantize": "Quantise a model by a published method, calibrated on a text.",
+    "prune": "Set weights to zero, or cut heads, neurons or layers out, by a published method.",
     "convert": "Rewrite a model in another number format or file format.",
     "inspect": "Show what is in a model file: tensors, formats, sizes, template, licence.",
     "perplexity": "Measure how well a model predicts a text.",

@@ -62,11 +62,11 @@ def command(
             update(done, total=total, title=title)
 
         return quantize(model, method, format, out=target, calibrate=calibrate, windows=windows, embedding=embedding,
-                        settings=dict(_setting(each) for each in settings or ()), threads=threads, resume=resume,
+                        settings=dict(setting(each) for each in settings or ()), threads=threads, resume=resume,
                         overwrite=overwrite, check=check, offline=True if offline else None, progress=progress)
 
 
-def _setting(text: str) -> tuple[str, str]:
+def setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise InvalidValueError(f"--set takes NAME=VALUE, such as damp=0.05; given {text!r}")

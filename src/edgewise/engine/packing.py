@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewise.core.errors import EdgewiseError, FormatError, UnsupportedError, collect_notices, notice
-from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat
+from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, QuantFormat, float32_to_bf16
 from edgewise.core.storage import Blocks, Dense, InputSparse, QuantizedTensor, Sparse, Stored, rows_of
 from edgewise.core.values import dataclass
 from edgewise.engine.layouts import (
@@ -94,6 +94,11 @@ def recipe_of(name: str, stored: Stored, *, pairs: bool = False, table: bool = F
         if recipe is not None:
             return recipe
         form = stored if isinstance(stored, Sparse) else stored.format
+        if isinstance(stored, Sparse) and isinstance(stored.values, Dense):
+            notice("info", f"{form}: kept floats run among their zeros; kernels skip zeros of quantised weights",
+                   where=name)
+            number = stored.values.number
+            return _floats(Dense.later(lambda: _in(stored.dense(), number), number, stored.shape))
         notice("fallback", f"{form} has no integer kernel; the weight runs as 16-bit floats", where=name)
         return _floats(Dense(stored.dense().astype(np.float16), FP16))
     if isinstance(stored, Dense):
@@ -129,6 +134,12 @@ def _columns(panels: Recipe, name: str) -> Recipe:
         _core.pack_columns(native, whole, rows, cols, out)
 
     return Recipe(native, rows, cols, native.nbytes(rows, cols), write, f"{panels.kind} in columns")
+
+
+def _in(values: NDArray[np.float32], number: NumberFormat) -> NDArray[Any]:
+    if number == BF16:
+        return float32_to_bf16(values)
+    return values.astype(np.float16) if number == FP16 else values
 
 
 def _floats(stored: Dense, pairs: bool = False, table: bool = False) -> Recipe:

@@ -42,7 +42,7 @@ from edgewise.formats.folder_writer import check_target, write_folder
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.cores import usable_cores
 
-__all__ = ["Calibration", "calibration_of", "quantize", "quantized"]
+__all__ = ["Calibration", "calibration_of", "quality_of", "quantize", "quantized"]
 
 Progress = Callable[[str, int, int], None]
 Ids = NDArray[np.int32]
@@ -259,7 +259,7 @@ def _report(source: Checkpoint, folder: Path, method: Method, fmt: QuantFormat, 
         Quantity("storage_bytes", sum(path.stat().st_size for path in files), "B"),
         Quantity("written to", str(folder))]
     if check:
-        quantities += _quality(source, made, sample, threads)
+        quantities += quality_of(source, made, sample, threads)
     return Report(f"{source.metadata.get('name') or source.source}: {method.title}, {fmt}", tuple(quantities),
                   (_formats_table(source, made),), lineage=made.lineage)
 
@@ -275,7 +275,7 @@ def _formats_table(source: Checkpoint, made: Checkpoint) -> Table:
         ("", "", "", "B", "B"))
 
 
-def _quality(source: Checkpoint, made: Checkpoint, sample: Calibration, threads: int) -> list[Quantity]:
+def quality_of(source: Checkpoint, made: Checkpoint, sample: Calibration, threads: int) -> list[Quantity]:
     """Both models on the windows that calibration did not see."""
     length = sample.check.shape[1]
     before, after = (model_of(each, threads=threads, context=length, cache=False) for each in (source, made))
