@@ -9,6 +9,7 @@ from edgewise.core.front_door import front_door
 
 __all__, _opened = front_door(__name__, {
     "bitnet": "BitLinear ternary ternary_weight",
+    "distill": "Distill forward_kl reverse_kl",
     "export": "graph_of",
     "fake_quant": "EmaRange LearnedClip Lsq LsqPlus StaticAffine fake_quantize per_token round_ste scale_gradient snap "
                   "static_affine straight_through",
@@ -16,6 +17,7 @@ __all__, _opened = front_door(__name__, {
     "hooks": "TorchStats gather",
     "mobilequant": "Learner MobileQuant",
     "qat": "Phase Qat QuantizedLayer calibrate prepare quantisable stored_bits train_phases",
+    "taylor": "importance_of",
     "surgery": "Unit cut fold_batch_norm macs remove_blocks units_of write_onnx_net",
     "sensitivity": "Sensitivity layer_fisher layer_scores under_budget weight_error widest_first",
 })
