@@ -78,6 +78,12 @@ def test_judging(kind, value, tolerance, measured, outcome):
     assert judge(claim, [{"m": m} for m in measured], ablated=False).verdict.outcome == outcome
 
 
+def test_a_cause_stands_beside_what_does_not_hold_alone():
+    holds, fails = (Claim("two", "§1", "two", said, why_not="Too few steps.") for said in (2.0, 3.0))
+    assert "Too few steps." not in judge(holds, [{"two": 2.0}], ablated=False).verdict.reason
+    assert judge(fails, [{"two": 2.0}], ablated=False).verdict.reason.endswith("agree. Too few steps.")
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped():
     calls = []
     with pytest.raises(RuntimeError):

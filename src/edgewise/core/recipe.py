@@ -25,6 +25,7 @@ class Claim(Plain):
     order: `metric` of a comparison, true when the first is the better one by `tolerance`;
     trend: the sign of `value` is the direction, a change beyond `tolerance` agrees.
     ablation: about what happens with the mechanism switched off; only a run with ablation measures it.
+    why_not: what we take to be the cause where it does not hold here, and how we know; stands beside such a verdict.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Claim(Plain):
     kind: Literal["equal", "at-least", "at-most", "order", "trend"] = "equal"
     tolerance: float = 0.0
     ablation: bool = False
+    why_not: str = ""
 
     def __post_init__(self) -> None:
         if not self.tolerance >= 0:

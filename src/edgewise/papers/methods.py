@@ -32,11 +32,18 @@ def methods_markdown(results: Path) -> str:
         found = widest(read_results(path)) if path.exists() else None
         rows.append(_row(slug, recipe, found))
         if found is not None:
-            rest += [(slug, v.claim, v.outcome, v.reason) for v in found[1].verdicts if v.outcome != "reproduced"]
+            why = {claim.text: claim.why_not for claim in recipe.claims if claim.why_not}
+            rest += [(slug, v.claim, v.outcome, _with(v.reason, why.get(v.claim, "")))
+                     for v in found[1].verdicts if v.outcome != "reproduced"]
     tables = [Table("Every method", ("method", "paper", "scale", *OUTCOMES, "verdict"), tuple(rows))]
     if rest:
         tables.append(Table("What was not reproduced, and why", ("method", "claim", "verdict", "reason"), tuple(rest)))
     return render(Report("Methods", tables=tuple(tables)), "markdown")
+
+
+def _with(reason: str, why_not: str) -> str:
+    """The cause after the figure; a result written before the cause was known does not name it."""
+    return reason if not why_not or why_not in reason else f"{reason}. {why_not}"
 
 
 def _row(slug: str, recipe: Recipe, found: tuple[str, Report] | None) -> tuple[object, ...]:

@@ -55,6 +55,8 @@ def judge(claim: Claim, seeds: Sequence[Mapping[str, float | None]], *, ablated:
     middle = statistics.median(values)
     reason = (f"{claim.metric} is {middle:.4g}, {_wanted(claim)}; {agreeing} of {len(values)} "
               f"seed{'s' if len(values) > 1 else ''} agree")
+    if claim.why_not and outcome != "reproduced":
+        reason += f". {claim.why_not}"
     return Judged(claim, values, Verdict(claim.text, outcome, reason))  # type: ignore[arg-type]
 
 
