@@ -2,8 +2,8 @@
 
 Packing is a permutation of codes and scales: no value changes, but for a codebook of at most sixteen values that are no
 integers (NF4), which become multiples of 1/127 of the largest, with a notice. A weight without a kernel of its own (a
-larger codebook, a group that blocks of 32 cannot carry, a factored weight, sparsity other than two of four) runs as
-16-bit floats, and a notice says so.
+larger codebook, a group that blocks of 32 cannot carry, a factored weight of an expert, sparsity other than two of
+four) runs as 16-bit floats, and a notice says so.
 """
 
 from __future__ import annotations

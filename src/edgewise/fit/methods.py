@@ -104,7 +104,7 @@ METHODS: tuple[Method, ...] = (
            exact_zero=True),
     Method("lorc", "LoRC (ZeroQuant-V2)", "Yao et al., 2023, arXiv:2303.08302", "closed", "inputs",
            "int4/g32/fp16/min", _CHANGES + "lorc", _METHODS + "lorc:Lorc",
-           "rounding plus a low-rank product of what it did; the engine runs the sum as 16-bit floats"),
+           "rounding plus a low-rank product of what it did, which the engine adds as it is"),
     Method("accllm", "AccLLM", "Liang et al., 2025, arXiv:2505.03745", "closed", "gram", "int2/g64/fp16/min",
            _METHODS + "w2a8kv4:accllm", _METHODS + "w2a8kv4:AccLlm",
            "two of every four weights kept (SparseGPT), these in two bits with the errors made up for; cache in four",
