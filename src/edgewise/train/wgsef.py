@@ -11,7 +11,8 @@ where it has about k, or at the end of the stretch, training on with the k large
 any set of weights, given by labels: filters with their normalisation, input channels, shapes, layers, single weights.
 
 Differs from the paper: the growth of lambda and the debias are ours, as its schedule is not public. Momentum of a group
-that has become zero is cleared. No weight decay on grouped tensors: GS_k contains it.
+that has become zero is cleared. A half-space step leaves the k largest. No weight decay on
+grouped tensors: GS_k contains it.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ class _State:
         # <x - a v, x> of the point before the step, x_before = x + a v: both to first order in a.
         inner = norms**2 - rate * along - rate * self.strength[level.name] * d / u * norms**2
         assert self.config.half_space is not None
-        gone = there & (inner < self.config.half_space * norms**2)
+        gone = there & (inner < self.config.half_space * norms**2) & ~largest(norms, level.k)
         self._shrink(level, 1.0 - gone, optimiser)
 
     def _shrink(self, level: Level, factors: NDArray[np.float64], optimiser: torch.optim.SGD) -> None:
