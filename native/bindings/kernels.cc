@@ -189,6 +189,8 @@ void bind_kernels(nb::module_& m) {
       .def_ro("rows", &PackedMatrix::rows)
       .def_ro("cols", &PackedMatrix::cols)
       .def_ro("nbytes", &PackedMatrix::nbytes)
+      .def_prop_ro("columns", [](const PackedMatrix& w) { return w.format.columns; })
+      .def_prop_ro("bits", [](const PackedMatrix& w) { return w.format.bits; })
       .def("row", [](const PackedMatrix& w, size_t row, Output<float> out) {
              if (row >= w.rows || out.size() != w.cols) throw std::invalid_argument("row: out of range or wrong size");
              unpack_row(w, row, out.data());

@@ -27,7 +27,7 @@ from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.workload import Workload
 from edgewise.engine.archs import plan_of
 from edgewise.engine.loading import PLAIN, fitted_run, model_of
-from edgewise.engine.model import LanguageModel, native_errors
+from edgewise.engine.model import LanguageModel, native_errors, read_share
 from edgewise.engine.plan import AttentionPolicy, Plan, with_attention
 from edgewise.engine.profile import profile, profile_table
 from edgewise.engine.workload import arithmetic, workload_of, workload_of_text
@@ -226,6 +226,7 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
     meter = meter or EnergyMeter()
     memory = _MemoryPeak()
     timings: list[tuple[int, Timing]] = []
+    read: dict[int, float] = {}
     for done, count in enumerate(counts):
         if progress is not None:
             progress(f"{count} threads", done, len(counts))
@@ -241,14 +242,19 @@ def bench(source: str | os.PathLike[str] | Checkpoint, *, prompts: Sequence[int]
             timings += [(count, timing) for timing in time_tests(
                 session, model.vocab, tests, repeats=repeats, warmup=warmup, seed=seed, meter=meter, encoder=encoder,
                 reader=None if model.encoder is None else Reader(model.encoder, model.start or 0), after=memory.look)]
+        if model.input_sparse and session.tokens_decoded:
+            read[count] = read_share(session, model.shapes)
     quantities = memory.quantities()
+    quantities += [Quantity(f"weights read by a decoded token, {count} thread{'s' if count > 1 else ''}", share,
+                            "share") for count, share in read.items()]
     ceilings = {count: limits or limits_of(count) for count in counts}  # after the memory was looked at
     for count, ceiling in ceilings.items():
         quantities += [Quantity(f"{label}, {count} thread{'s' if count > 1 else ''}", value, unit)
                        for label, value, unit in (("memory read", ceiling.read_bytes_per_s, "B/s"),
                                                   ("int8 peak", ceiling.int8_ops_per_s, "op/s"),
                                                   ("fp32 peak", ceiling.fp32_ops_per_s, "op/s"))]
-    rows = [(count, *_row(timing, plan, model, ceilings[count], format, meter, device)) for count, timing in timings]
+    rows = [(count, *_row(timing, plan, model, ceilings[count], format, meter, device, read.get(count, 1.0)))
+            for count, timing in timings]
     tables = []
     if operators and plan.kind == "decoder":
         tables = [_operators(model, plan, count, timing.test, ceilings[count], format, repeats)
@@ -297,14 +303,14 @@ def _parameters(model: LanguageModel) -> int:
 
 
 def _row(timing: Timing, plan: Plan, model: LanguageModel, limits: Limits, format: str | None, meter: EnergyMeter,
-         device: Device | None) -> tuple[Any, ...]:
-    """The rest of COLUMNS."""
+         device: Device | None, read: float) -> tuple[Any, ...]:
+    """The rest of COLUMNS. read: share of the layers' codes that a decoded token reads."""
     test, speed = timing.test, timing.speed
     low, high = speed.interval or (min(speed.values), max(speed.values))
     decode = test.phase == "decode"
     load = _load(test, plan, model, None if format is None else format.lower() not in PLAIN)
     per_s = speed.median if decode else speed.median / test.tokens
-    bandwidth = per_s * load.moved_bytes
+    bandwidth = per_s * (load.moved_bytes - (_codes_bytes(model) * (1 - read) if decode else 0))
     work = arithmetic(load)
     kind = "int8" if work.get("int8") else "fp32"
     peak = limits.int8_ops_per_s if kind == "int8" else limits.fp32_ops_per_s
@@ -323,6 +329,14 @@ def _row(timing: Timing, plan: Plan, model: LanguageModel, limits: Limits, forma
                 joules, origin = modelled / (1 if decode else test.tokens), "modelled"
         notice("info", f"energy is {origin}: {why}", where="bench")
     return test.name, speed.median, low, high, bandwidth / 1e9, roof, share, joules, origin
+
+
+def _codes_bytes(model: LanguageModel) -> float:
+    """Of the layers whose inputs are chosen, without scales."""
+    if not model.input_sparse:
+        return 0.0
+    bits = [matrix.bits for matrix in model.packed.matrices.values() if matrix.columns]
+    return sum(rows * cols for layer in model.shapes for rows, cols in layer) * max(bits, default=0) / 8
 
 
 def _load(test: BenchTest, plan: Plan, model: LanguageModel, int8: bool | None) -> Workload:

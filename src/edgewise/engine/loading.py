@@ -36,7 +36,7 @@ from edgewise.engine.plan import (
     plan_with,
     with_attention,
 )
-from edgewise.engine.sparse import dense_plan, with_input_sparsity
+from edgewise.engine.sparse import dense_plan, shapes_in, with_input_sparsity
 from edgewise.engine.static import with_static
 from edgewise.engine.tuning import Tuning, stored_tuning
 from edgewise.formats.cache import files_key
@@ -178,7 +178,7 @@ def model_of(checkpoint: Checkpoint, *, format: str | QuantFormat | None = None,
     return LanguageModel(checkpoint=without_tensors(checkpoint), session=session, native=model, packed=packed,
                          tokenizer=tokenizer, template=template, kind=plan.kind, kv=kv, hidden=plan.hidden,
                          vocab=plan.vocab, sites=tuple(sites_of(layer) for layer in plan.layers), encoder=reader,
-                         start=plan.start, tuning=tuning,
+                         start=plan.start, tuning=tuning, shapes=tuple(shapes_in(layer) for layer in plan.layers),
                          attention="full" if policy is None or policy.kind != "sinks" else str(policy),
                          endless=endless(plan))
 

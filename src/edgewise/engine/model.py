@@ -28,7 +28,7 @@ from edgewise.native import _core  # type: ignore[attr-defined]
 if TYPE_CHECKING:
     from edgewise.core.stats import Stats
 
-__all__ = ["KV_FORMATS", "LanguageModel", "Memory"]
+__all__ = ["KV_FORMATS", "LanguageModel", "Memory", "read_share"]
 
 Float32 = NDArray[np.float32]
 KV_FORMATS = ("fp16", "bf16", "int8", "int4", "fp32")
@@ -73,6 +73,7 @@ class LanguageModel:
     attention: str = "full"
     endless: bool = False
     tuning: Tuning = field(default_factory=Tuning)
+    shapes: tuple[tuple[tuple[int, int], ...], ...] = ()  # per layer, of q, k, v, o, gate, up, down; (0, 0): none
     _cached_ids: list[int] = field(default_factory=list)  # what slot 0 holds
     _source_ids: list[int] | None = None  # the text that slot 0 attends to
     _current: object = None  # the Generation that slot 0 belongs to
@@ -96,6 +97,18 @@ class LanguageModel:
     def tier(self) -> str:
         """The instruction tier in use: reference, avx2, avx512, neon, ..."""
         return str(self.session.tier)
+
+    @property
+    def input_sparse(self) -> bool:
+        """Whether tokens that are decoded read only some inputs of the layers."""
+        return bool(np.asarray(self.session.inputs_read).size)
+
+    def inputs_read(self) -> float | None:
+        """Share of the layers' weights that a decoded token touched, low rank apart, since the session was made or
+        `session.forget_counts()`; None where every input is read or nothing was decoded."""
+        if not self.input_sparse or not self.session.tokens_decoded:
+            return None
+        return read_share(self.session, self.shapes)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -284,6 +297,13 @@ class LanguageModel:
         positions = f"attention {self.attention}" if self.endless else f"context {self.context}"
         return (f"LanguageModel({self.checkpoint.arch}, {self.packed.nbytes / 1e6:.1f} MB, {positions}, "
                 f"KV {self.kv}, {self.session.threads} threads, {self.tier})")
+
+
+def read_share(session: Any, shapes: Sequence[Sequence[tuple[int, int]]]) -> float:
+    """Share of weights that decoded tokens touched, of layers that read only some inputs. shapes: as a model's."""
+    sizes, read = np.asarray(shapes, np.float64), np.asarray(session.inputs_read, np.float64)
+    thin = read.any(axis=1)
+    return float((read[thin] * sizes[thin, :, 0]).sum() / max(sizes[thin].prod(axis=2).sum(), 1.0))
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from edgewise.core.errors import notice
 from edgewise.core.storage import InputSparse
 from edgewise.engine.build import linears_of
 from edgewise.engine.packing import in_columns
-from edgewise.engine.plan import Experts, Layer, Linear, Plan, layer_with, plan_with
+from edgewise.engine.plan import Experts, FeedForward, Layer, Linear, Plan, layer_with, plan_with
 
-__all__ = ["dense_plan", "is_input_sparse", "with_input_sparsity"]
+__all__ = ["dense_plan", "is_input_sparse", "shapes_in", "with_input_sparsity"]
 
 
 def is_input_sparse(plan: Plan) -> bool:
@@ -56,6 +56,15 @@ def with_input_sparsity(plan: Plan, source: str) -> Plan:
                "in all linears of a layer, weights of 4 or 8 bits in groups of 32 or more, inputs in int8, and a "
                "decoder without experts", where=source)
     return made
+
+
+def shapes_in(layer: Layer) -> tuple[tuple[int, int], ...]:
+    """(out, in) of q, k, v, o, gate, up and down, as the session counts what they read; (0, 0) where there is none."""
+    attention, ffn = layer.attention, layer.feed_forward
+    parts: list[Linear | None] = [None] * 4 if attention is None else [attention.q, attention.k, attention.v,
+                                                                       attention.o]
+    parts += [ffn.gate, ffn.up, ffn.down] if isinstance(ffn, FeedForward) else [None] * 3
+    return tuple((0, 0) if part is None else (part.weight.shape[0], part.weight.shape[1]) for part in parts)
 
 
 def _linears(layer: Layer) -> list[Linear]:

@@ -288,6 +288,7 @@ def quality_of(source: Checkpoint, made: Checkpoint, sample: Calibration, thread
         return [Quantity("mean cosine of states", float(np.concatenate(cosines).mean())),
                 Quantity("least cosine of states", float(np.concatenate(cosines).min()))]
     kls, losses = [], ([], [])  # type: ignore[var-annotated]
+    after.session.decoding = after.input_sparse  # every token, as if it had been sampled
     for ids in sample.check:
         logits = [each.forward(ids) for each in (before, after)]
         kls.append(kl_rows(logits[0], logits[1]))
@@ -299,6 +300,8 @@ def quality_of(source: Checkpoint, made: Checkpoint, sample: Calibration, thread
     mean, error = float(kl.mean()), float(kl.std() / math.sqrt(len(kl)))
     low, high = mean - 1.96 * error, mean + 1.96 * error
     perplexities = [math.exp(float(np.concatenate(loss).mean())) for loss in losses]
-    return [Quantity("quality", math.exp(-mean), "", (math.exp(-high), math.exp(-max(low, 0.0)))),
+    read = after.inputs_read()
+    return [*([] if read is None else [Quantity("inputs read", read, "share")]),
+            Quantity("quality", math.exp(-mean), "", (math.exp(-high), math.exp(-max(low, 0.0)))),
             Quantity("mean KL", mean, "nats"),
             Quantity("perplexity before", perplexities[0]), Quantity("perplexity", perplexities[1])]

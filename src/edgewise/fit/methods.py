@@ -115,6 +115,10 @@ METHODS: tuple[Method, ...] = (
     Method("edgeqat", "EdgeQAT", "Shen et al., 2024, arXiv:2402.10787", "trained", "tokens", "int4/tensor/fp32",
            "edgewise.train.edgeqat:quantize", "edgewise.train.edgeqat:EdgeQat",
            "trained with one learned scale per tensor, attention maps and the entropy of queries and keys as guides"),
+    Method("r-sparse", "R-Sparse", "Zhang et al., ICLR 2025, arXiv:2504.19449", "trained", "tokens",
+           "int4/g32/fp16/min", "edgewise.engine.r_sparse:quantize", "edgewise.compress.lowrank.r_sparse:RSparse",
+           "weights by rounding; a decoded token reads only inputs above calibrated thresholds, the others go through "
+           "a low rank"),
     Method("zeroqat", "ZeroQAT", "2025, arXiv:2509.00031", "trained", "tokens", "int4/axis/fp32/int",
            "edgewise.train.zeroqat:quantize", "edgewise.train.zeroqat:ZeroQat",
            "trained under its quantisers by forward passes alone, in the memory of one"),

@@ -21,9 +21,10 @@ from edgewise.core.activation import activations_of
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import FormatError, InvalidValueError, UnsupportedError, notice
 from edgewise.core.shapes import LAYER_SHAPES, shapes_of
-from edgewise.core.storage import Dense, Stored
+from edgewise.core.storage import Dense, InputSparse, Stored
 from edgewise.formats.sources import open_checkpoint
 from edgewise.models.cut import cut
+from edgewise.models.sparse import decode_sparsely
 from edgewise.models.static import Rounding, install
 
 __all__ = ["checkpoint_of", "load"]
@@ -47,6 +48,9 @@ def load(source: str | os.PathLike[str] | Checkpoint, *, dtype: torch.dtype = to
                where=checkpoint.source)
     model = _empty(checkpoint)
     _fill(model, checkpoint, dtype)
+    thresholds = {name: stored for name, stored in checkpoint.tensors.items() if isinstance(stored, InputSparse)}
+    if thresholds:
+        decode_sparsely(model, thresholds)
     sites = activations_of(checkpoint.config)
     if sites:
         install(model, {site: Rounding(item) for site, item in sites.items()})
