@@ -232,7 +232,7 @@ def quality(options: argparse.Namespace) -> Report:
     from edgewise.fit import quantize
 
     reference = off_the_grid(open_checkpoint(options.model), seed=0)
-    folder = cache_root() / "benchmarks" / "lowbit"
+    folder = cache_root() / "benchmarks" / "lowbit" / options.model.replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / "reference.F16.gguf"
     if not whole.exists():

@@ -201,6 +201,11 @@ def _metrics(name: str, rows: Mapping[tuple[str, str], tuple[float, ...]], exact
     return found
 
 
+_FEW_BLOCKS = ("Across three blocks little is left to learn: SmoothQuant with the ranges it starts from takes away 94 % of "
+               "the error in W8A8 and 75 % in W4A8, and the arms that learn differ by as little as seeds do. The paper "
+               "learns whole models for 61,440 steps; here it is 24 on 12 texts.")
+
+
 def _claims() -> tuple[Claim, ...]:
     card, made = "card: small-scale check", []
     for name in FORMATS:
@@ -212,20 +217,23 @@ def _claims() -> tuple[Claim, ...]:
             Claim(f"{name}: the error of the last states is half that of static ranges", card,
                   f"error of static ranges over MobileQuant's, {name}", 2.0, "at-least"),
             Claim(f"{name}: end to end beats layer by layer at equal steps", card,
-                  f"error layer by layer over MobileQuant's, {name}", 1.0, "at-least"),
+                  f"error layer by layer over MobileQuant's, {name}", 1.0, "at-least", why_not=_FEW_BLOCKS),
             Claim(f"{name}: learning beats SmoothQuant alone", "section 4",
                   f"error of SmoothQuant over MobileQuant's, {name}", 1.0, "at-least"),
             Claim(f"{name}: ranges that are not learned cost a tenth of the error", card,
-                  f"error with ranges as they were over MobileQuant's, {name}", 1.1, "at-least"),
+                  f"error with ranges as they were over MobileQuant's, {name}", 1.1, "at-least",
+                  why_not="Ranges are the texts' minima and maxima to begin with, on the texts that the error is "
+                          "measured by; 24 steps move them by less than seeds differ. " + _FEW_BLOCKS),
             Claim(f"{name}: integers give what was simulated, within one step", card,
                   f"steps of the output that integers are off by, {name}", 1.0, "at-most"),
             Claim(f"{name}: without scales between layers four fifths of the gap stay", "ablation",
-                  f"share of the gap removed without LET, {name}", 0.2, "at-most", ablation=True),
+                  f"share of the gap removed without LET, {name}", 0.2, "at-most", ablation=True,
+                  why_not="Perplexity alone differs here: the states' error stays that of static ranges."),
             Claim(f"{name}: the pair of up and down helps", "section 3",
                   f"error of the original pairs over that of all, {name}", 1.0, "at-least", ablation=True),
             Claim(f"{name}: end to end beats layer by layer with ranges learned too", "ablation",
                   f"error layer by layer with ranges learned over MobileQuant's, {name}", 1.0, "at-least",
-                  ablation=True)]
+                  ablation=True, why_not=_FEW_BLOCKS)]
     return (*made, Claim("Folding the scales keeps the float function", card, "worst folding error", 1e-4, "at-most"))
 
 
