@@ -201,9 +201,9 @@ def _metrics(name: str, rows: Mapping[tuple[str, str], tuple[float, ...]], exact
     return found
 
 
-_FEW_BLOCKS = ("Across three blocks little is left to learn: SmoothQuant with the ranges it starts from takes away 94 % "
-               "of the error in W8A8 and 75 % in W4A8, and the arms that learn differ by as little as seeds do. The paper "
-               "learns whole models for 61,440 steps; here it is 24 on 12 texts.")
+_FEW_BLOCKS = ("Across three blocks little is left to learn: SmoothQuant with the ranges it starts from takes away "
+               "94 % of the error in W8A8 and 75 % in W4A8, and the arms that learn differ by as little as seeds do. "
+               "The paper learns whole models for 61,440 steps; here it is 24 on 12 texts.")
 
 
 def _claims() -> tuple[Claim, ...]:
