@@ -11,6 +11,7 @@ from typing import Any
 
 from edgewise.core.report import Report
 from edgewise.formats.cache import write_aside
+from edgewise.papers.runner import without_paths
 from edgewise.report import render
 
 __all__ = ["HERE", "Process", "commit", "publish"]
@@ -56,7 +57,8 @@ def commit() -> str:
 
 
 def publish(report: Report, out: Path | None) -> None:
-    """Print a report, and write it as JSON where a place is given."""
+    """Print a report, and write it as JSON where a place is given; neither names a directory of this machine."""
+    report = without_paths(report)
     print(render(report, "markdown"))
     if out:
         with write_aside(out) as file:

@@ -32,7 +32,7 @@ from edgewise.measure.machine import usable_cores
 from edgewise.papers.verdicts import judge, metrics_of, summary
 from edgewise.report import render
 
-__all__ = ["SCALES", "read_results", "recipe_of", "reproduce", "slugs", "write_results"]
+__all__ = ["SCALES", "read_results", "recipe_of", "reproduce", "slugs", "without_paths", "write_results"]
 
 SCALES: tuple[Scale, ...] = ("smoke", "small", "paper")
 Progress = Callable[[str, int, int], None]
