@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from edgewise.compress.lowrank.modegpt import influence_of
+from edgewise.compress.lowrank.modegpt import ModeGpt, influence_of
+from edgewise.compress.lowrank.modegpt_walk import shrink
 from edgewise.compress.prune.units import Units, blocks_kept, units_kept
 from edgewise.compress.surgery.groups import decoder_of, groups_of
 from edgewise.compress.surgery.operations import cut, norms_of
 from edgewise.compress.walk import blocks_of
 from edgewise.core.checkpoint import Checkpoint, Step
-from edgewise.core.errors import InvalidValueError
+from edgewise.core.errors import InvalidValueError, notice
 from edgewise.core.values import dataclass
 from edgewise.engine.calibrate import EngineStats
 from edgewise.fit.dispatch import Calibration
@@ -66,6 +67,20 @@ def blocks_by_influence(checkpoint: Checkpoint, sample: Calibration, config: Blo
     return cut(checkpoint, blocks_kept(influence, config.sparsity), step=_step("shortgpt", config, sample))
 
 
+def decomposed(checkpoint: Checkpoint, sample: Calibration, config: ModeGpt, *, threads: int,
+               progress: Progress | None = None) -> Checkpoint:
+    """MoDeGPT: neurons, and dimensions of heads, with the least error of what a pair of matrices gives."""
+    made, cuts = shrink(checkpoint, config, lambda gram: EngineStats(
+        checkpoint, list(sample.windows), gram=gram, threads=threads), step=_step("modegpt", config, sample),
+        progress=progress)
+    worst = max(range(len(cuts)), key=lambda index: cuts[index].feed_forward_error)
+    notice("info", f"on the calibration text a feed-forward gives what it gave but for "
+           f"{100 * np.mean([cut.feed_forward_error for cut in cuts]):.0f} %, at most "
+           f"{100 * cuts[worst].feed_forward_error:.0f} % (layer {worst}), values of heads but for "
+           f"{100 * np.mean([cut.value_error for cut in cuts]):.0f} %", where="modegpt")
+    return made
+
+
 def block_influence(checkpoint: Checkpoint, sample: Calibration, *, threads: int = 1,
                     progress: Progress | None = None) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(layers,): 1 - mean cos of the states before and after each layer, on the windows to calibrate on."""
@@ -107,6 +122,9 @@ PRUNERS: tuple[Method, ...] = (
            "the same units by what the loss would lose with them, to first order; needs torch"),
     Method("shortgpt", "ShortGPT", "Men et al., 2024, arXiv:2403.03853", "closed", "inputs", "cut",
            _HERE + "blocks_by_influence", _HERE + "Blocks", "whole layers that turn the states least are left out"),
+    Method("modegpt", "MoDeGPT", "Lin et al., ICLR 2025, arXiv:2408.09632", "closed", "gram", "cut",
+           _HERE + "decomposed", "edgewise.compress.lowrank.modegpt:ModeGpt",
+           "neurons and dimensions of heads go, and what they said is read out of those that stay"),
 )
 """`format` says what comes out: a mask (zeros) or a cut (smaller shapes). `needs` as for quantisation."""
 

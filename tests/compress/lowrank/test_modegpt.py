@@ -35,7 +35,7 @@ DOWN = RNG.standard_normal((HIDDEN, 20))
 # ---- allocation -----------------------------------------------------------------------------------------------------
 
 def test_shares_maximise_influence_kept_and_entropy():
-    influence, config = RNG.random(7), ModeGpt(share=0.25, smoothing=0.3, most=0.9)
+    influence, config = RNG.random(7), ModeGpt(sparsity=0.25, smoothing=0.3, most=0.9)
     phi = removed_shares(influence, config)
     assert phi.mean() == pytest.approx(0.25)
 
@@ -52,12 +52,12 @@ def test_shares_maximise_influence_kept_and_entropy():
 
 def test_no_layer_gives_more_than_the_most_and_the_rest_is_shared_in_proportion():
     influence = np.array([0.0, 0.5, 0.6, 0.7, 1.0])
-    phi = removed_shares(influence, ModeGpt(share=0.4, smoothing=0.15, most=0.7))
+    phi = removed_shares(influence, ModeGpt(sparsity=0.4, smoothing=0.15, most=0.7))
     assert phi.mean() == pytest.approx(0.4)
     assert phi[0] == 0.7
     free = phi[phi < 0.7]
     np.testing.assert_allclose(free / free[-1], np.exp(-(influence[-len(free):] - 1.0) / 0.15))
-    assert (removed_shares(influence, ModeGpt(share=0.4, allocation="uniform")) == 0.4).all()
+    assert (removed_shares(influence, ModeGpt(sparsity=0.4, allocation="uniform")) == 0.4).all()
 
 
 def test_influence_is_nothing_where_a_layer_only_scales():
@@ -75,7 +75,7 @@ def test_sizes_are_multiples_and_add_up():
         assert abs(sizes.sum() - full * (1 - phi).sum()) <= multiple / 2 + 1e-9
     only = sizes_of(Sizes(1536, 64, 64), phi, ModeGpt(parts="mlp"))
     assert {(each.head_dim, each.value_dim) for each in only} == {(64, 64)}
-    assert sizes_of(Sizes(1536, 64, 64), np.zeros(3), ModeGpt(share=0)) == [Sizes(1536, 64, 64)] * 3
+    assert sizes_of(Sizes(1536, 64, 64), np.zeros(3), ModeGpt(sparsity=0)) == [Sizes(1536, 64, 64)] * 3
 
 
 # ---- I --------------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_a_bias_is_an_input_that_is_always_one():
 
 
 @pytest.mark.parametrize(("call", "words"), [
-    (lambda: ModeGpt(share=1.0), "share and most"), (lambda: ModeGpt(head_multiple=3), "even"),
+    (lambda: ModeGpt(sparsity=1.0), "sparsity and most"), (lambda: ModeGpt(head_multiple=3), "even"),
     (lambda: ModeGpt(parts="mlp,xy"), "some of"), (lambda: removed_shares([], ModeGpt()), "one finite influence"),
     (lambda: feed_forward(DOWN, H.T @ H, 0), "of 20 neurons"), (lambda: query_key(QUERY, KEY, GRAM, HEADS, 3), "pairs"),
     (lambda: value_output(VALUE, OUTPUT, GRAM, HEADS, 9), "of 8 dimensions"),

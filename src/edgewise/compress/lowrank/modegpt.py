@@ -3,8 +3,8 @@
 Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression", ICLR 2025, arXiv:2408.09632.
 
 Torch's layout, y = x W^T; G = X^T X of a linear's inputs; of layer l a share phi_l is removed, k of d dimensions stay.
-    phi    maximises  sum_l s_l (1 - phi_l) + eps H(phi)  with mean phi = share (section 3.3):
-           phi_l = L share softmax(-s / eps)_l,   s_l = 1 - mean cos(x_l, x_l+1), the influence of a layer
+    phi    maximises  sum_l s_l (1 - phi_l) + eps H(phi)  with mean phi = sparsity (section 3.3):
+           phi_l = L sparsity softmax(-s / eps)_l,   s_l = 1 - mean cos(x_l, x_l+1), the influence of a layer
     I      feed-forward (algorithm 1, Nystroem): of h = act(gate x) up x the k neurons with the largest ridge leverage
            scores [C (C + lambda I)^-1]_ii stay, C = H^T H, and down reads the others' part out of them:
            down <- down (C_JJ^+ C_J:)^T
@@ -41,13 +41,13 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ModeGpt:
-    """The method's settings. share, smoothing and most as the paper's section 3.3 has them; the last six are switches.
+    """The method's settings. sparsity, smoothing and most are of the paper's section 3.3; the last ones are switches.
 
-    share: of the weights of the layers' linears, to be removed. most: of one layer. smoothing: eps. ridge: lambda over
-    the mean eigenvalue. multiple, head_multiple: of the feed-forward's width; of the sizes of heads.
+    sparsity: share of the weights of the layers' linears that goes. most: of one layer. smoothing: eps. ridge: lambda
+    over the mean eigenvalue. multiple, head_multiple: of the feed-forward's width; of the sizes of heads.
     """
 
-    share: float = 0.2
+    sparsity: float = 0.2
     smoothing: float = 0.1
     most: float = 0.8
     ridge: float = 1e-2
@@ -63,9 +63,9 @@ class ModeGpt:
     seed: int = 0                # of random choices
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share < 1 or not self.share <= self.most < 1 or not self.smoothing > 0 or not self.ridge > 0:
-            raise InvalidValueError("share and most are in [0, 1), most at least share, smoothing and ridge positive; "
-                                    f"given {self}")
+        if not 0 <= self.sparsity <= self.most < 1 or not self.smoothing > 0 or not self.ridge > 0:
+            raise InvalidValueError("sparsity and most are in [0, 1), most at least sparsity, smoothing and ridge "
+                                    f"positive; given {self}")
         if self.multiple < 1 or self.head_multiple < 2 or self.head_multiple % 2:
             raise InvalidValueError("multiple is at least 1 and head_multiple even, as rotary pairs are; given "
                                     f"{self.multiple} and {self.head_multiple}")
@@ -87,14 +87,14 @@ def influence_of(before: Array, after: Array) -> float:
 
 
 def removed_shares(influence: Array, config: ModeGpt) -> Float64:
-    """phi, (layers,): the share of each layer that is removed, of mean config.share and at most config.most."""
+    """phi, (layers,): the share of each layer that is removed, of mean config.sparsity and at most config.most."""
     influence = np.asarray(influence, np.float64)
     if influence.ndim != 1 or not len(influence) or not np.isfinite(influence).all():
         raise InvalidValueError(f"one finite influence for each layer; given {influence}")
     if config.allocation == "uniform":
-        return np.full(len(influence), config.share)
+        return np.full(len(influence), config.sparsity)
     weight = np.exp(-(influence - influence.min()) / config.smoothing)
-    total = len(influence) * config.share
+    total = len(influence) * config.sparsity
     phi = np.zeros(len(influence))
     capped = np.zeros(len(influence), bool)
     while True:  # each turn caps one layer at least

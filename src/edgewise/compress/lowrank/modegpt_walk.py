@@ -1,6 +1,6 @@
 """MoDeGPT over a decoder: statistics of the dense model, then layer by layer the three module types of `modegpt`.
 
-    shrunk, cuts = shrink(checkpoint, ModeGpt(share=0.3), sources)
+    shrunk, cuts = shrink(checkpoint, ModeGpt(sparsity=0.3), sources)
 
 sources(gram) gives a StatsSource that also has the states between blocks, `hidden`; engine.calibrate.EngineStats is
 one. It is asked for once without Gram matrices, for the influence of layers, and once with. One layer's matrices are in
@@ -89,7 +89,7 @@ def shrink(checkpoint: Checkpoint, config: ModeGpt, sources: Callable[[bool], St
         progress("decomposing", len(blocks), len(blocks))
     shaped = config_with_shapes(checkpoint.config, [cut.shape for cut in cuts], dense.head_dim)
     tensors = {name: changed.get(name, checkpoint.tensors[name]) for name in checkpoint.tensors}
-    result = checkpoint.with_tensors(tensors, step or Step("modegpt", {"share": config.share}), **shaped)
+    result = checkpoint.with_tensors(tensors, step or Step("modegpt", {"sparsity": config.sparsity}), **shaped)
     return result, tuple(cuts)
 
 
@@ -98,7 +98,7 @@ def _sizes(checkpoint: Checkpoint, blocks: tuple[Block, ...], config: ModeGpt) -
     where, tensors = checkpoint.source or checkpoint.arch, checkpoint.tensors
     if shapes_of(checkpoint.config) is not None:
         raise UnsupportedError(f"{where}: its layers are of unequal shapes already; decompose the model that it was "
-                               "made from, with a larger share")
+                               "made from, with a larger sparsity")
     wanted = {"mlp": ("gate", "up", "down"), "qk": ("q", "k"), "vo": ("v", "o")}
     for block in blocks:
         for part in (part for module in sorted(config.modules) for part in wanted[module]):
