@@ -34,7 +34,7 @@ from edgewise.engine.plan import Linear, Plan, for_context, plan_with
 from edgewise.measure.cores import usable_cores
 from edgewise.native import _core  # type: ignore[attr-defined]
 
-__all__ = ["Prepared", "decoded_perplexity", "prepare", "quantize", "search", "with_alphas"]
+__all__ = ["Prepared", "decoded_perplexity", "model_stats", "prepare", "quantize", "search", "with_alphas"]
 
 Ids = NDArray[np.integer]
 Progress = Callable[[str, int, int], None]
@@ -65,26 +65,27 @@ def quantize(checkpoint: Checkpoint, token_ids: Ids, fmt: QuantFormat | None = N
 class Prepared:
     """A checkpoint in its format, and of each linear its inputs over a text and its decomposition.
 
-    inputs: by weight name, (tokens, in). parts: likewise, made when first asked for and for the largest rank.
+    inputs: by weight name, (tokens, in). Decompositions are made when they are asked for, and kept for smaller ranks.
     """
 
-    def __init__(self, checkpoint: Checkpoint, inputs: Mapping[str, NDArray[np.float32]], sparsity: float) -> None:
-        self.checkpoint, self.inputs, self.sparsity = checkpoint, inputs, sparsity
+    def __init__(self, checkpoint: Checkpoint, inputs: Mapping[str, NDArray[np.float32]]) -> None:
+        self.checkpoint, self.inputs = checkpoint, inputs
         self._parts: dict[str, Decomposed] = {}
 
-    def parts(self, name: str, alpha: float) -> Decomposed:
-        """For a rank of at least that of alpha."""
+    def parts(self, name: str, sparsity: float, alpha: float) -> Decomposed:
+        """For a rank of at least theirs."""
         rows, cols = self.checkpoint.tensors[name].shape
-        rank = budget_of((rows, cols), self.sparsity, alpha).rank
+        rank = budget_of((rows, cols), sparsity, alpha).rank
         known = self._parts.get(name)
         if known is None or known.left.shape[1] < rank:  # a few more: what is asked for next is not much larger
-            wanted = max(rank, budget_of((rows, cols), self.sparsity, _LEAST_ALPHA).rank if rank else 0)
+            wanted = max(rank, budget_of((rows, cols), sparsity, _LEAST_ALPHA).rank if rank else 0)
             known = self._parts[name] = decomposed(self.checkpoint.tensors[name].dense(), wanted)
         return known
 
     def layer(self, name: str, alpha: float, config: RSparse) -> InputSparse:
-        return sparse_layer(self.checkpoint.tensors[name], self.parts(name, alpha if config.low_rank else 1.0),
-                            self.inputs[name], config, alpha=alpha)
+        """One linear as it will be decoded."""
+        parts = self.parts(name, config.sparsity, alpha if config.low_rank else 1.0)
+        return sparse_layer(self.checkpoint.tensors[name], parts, self.inputs[name], config, alpha=alpha)
 
 
 def prepare(checkpoint: Checkpoint, token_ids: Ids, fmt: QuantFormat | None, config: RSparse, *,
@@ -106,7 +107,7 @@ def prepare(checkpoint: Checkpoint, token_ids: Ids, fmt: QuantFormat | None, con
     with collect_notices():
         model = model_of(made, threads=usable_cores().usable, context=len(ids), cache=False)
     stats = model_stats(model, ids, progress)
-    return Prepared(made, {name: stats[name] for name in names}, config.sparsity)
+    return Prepared(made, {name: stats[name] for name in names})
 
 
 def model_stats(model: LanguageModel, ids: Ids, progress: Progress | None = None) -> dict[str, NDArray[np.float32]]:
