@@ -5,8 +5,8 @@
 
 Dense and sparse are timed in rounds, each round in another random order; ratios are within rounds. Weights of the
 layers are quantised by rounding to nearest (of a random model: random codes); thresholds are quantiles of what each
-linear reads while the sparse model itself decodes, so that the share left unread is the one asked for; what is reported
-is the share that the engine counted while it was timed. Prompts are timed too: weights lie input by input, once, and are
+linear reads while the sparse model itself decodes, so that the share left unread is the one asked for; reported is
+the share that the engine counted while it was timed. Prompts are timed too: weights lie input by input, once, and are
 put back into rows slab by slab.
 """
 

@@ -9,7 +9,7 @@ said in what is public of it: here tournaments of four, uniform crossover, norma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def with_alphas(prepared: Prepared, alphas: Alphas, config: RSparse) -> Checkpoi
                                Step("r-sparse", settings, __version__, config.seed))
 
 
-def decoded_perplexity(model: LanguageModel, windows: Sequence[Ids], *, dense_share: float = 0.0) -> float:
+def decoded_perplexity(model: LanguageModel, windows: Iterable[Ids], *, dense_share: float = 0.0) -> float:
     """exp of the mean loss, every token decoded, but for the first `dense_share` of each window, a prompt."""
     session, total, count = model.session, 0.0, 0
     for ids in windows:
