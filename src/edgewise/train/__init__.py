@@ -18,6 +18,7 @@ __all__, _opened = front_door(__name__, {
     "mobilequant": "Learner MobileQuant",
     "qat": "Phase Qat QuantizedLayer calibrate prepare quantisable stored_bits train_phases",
     "taylor": "importance_of",
+    "filter_pruning": "FilterPruning prune_filters rank_filters",
     "pictures": "Epochs learn predictions scores",
     "surgery": "Unit cut fold_batch_norm macs remove_blocks units_of write_onnx_net",
     "wgsef": "Level Wgsef block_level tensor_level train_wgsef unit_levels",
