@@ -7,8 +7,8 @@ scores, first-order Taylor terms, come from train/taylor.py; the norms of surger
 ShortGPT (Men et al., 2024, arXiv:2403.03853): whole layers, those that turn the states least (equation 1).
 
 Differs from LLM-Pruner: where a model has few key heads, the share of attention is rounded down to whole heads, and
-neurons make up the rest, so that the share asked for is reached; neurons are kept in whole multiples of `multiple`, as
-kernels have it.
+neurons make up the rest; they stay in whole multiples of `multiple`, and what one layer loses too much or too little by
+that the next makes up for, so that the share asked for is reached.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ Scores = NDArray[np.floating[Any]]
 @dataclass(frozen=True)
 class Units:
     """sparsity: share of the weights of all layers that go. first, last: layers left whole, of each end, as a share of
-    all; the paper leaves 4 and 2 of 32. multiple: neurons that stay together."""
+    all; the paper leaves 4 and 2 of 32. multiple: neurons that stay together, as groups of
+    quantised weights and kernels want them."""
 
     sparsity: float = 0.2
     first: float = 4 / 32
     last: float = 2 / 32
-    multiple: int = 8
+    multiple: int = 32
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -60,8 +61,9 @@ def units_kept(decoder: Decoder, scores: Mapping[str, Scores], config: Units = U
     whole = [head[i] * shape.kv_heads + 3 * hidden * shape.width for i, shape in enumerate(shapes)]
     share = config.sparsity * sum(whole) / sum(whole[layer] for layer in between)
     keep: dict[str, NDArray[np.int64]] = {}
+    owed = 0.0
     for layer in between:
-        shape, target = shapes[layer], share * whole[layer]
+        shape, target = shapes[layer], share * whole[layer] + owed
         heads = min(int(share * shape.kv_heads), max(shape.kv_heads - 1, 0))
         neurons = (target - heads * head[layer]) / (3 * hidden)
         left = int(np.rint((shape.width - neurons) / config.multiple)) * config.multiple
@@ -69,7 +71,9 @@ def units_kept(decoder: Decoder, scores: Mapping[str, Scores], config: Units = U
             raise InvalidValueError(f"{config.sparsity:g} of all weights are more than layer {layer} can lose, with "
                                     f"{before} layers before and {len(shapes) - between.stop} after left whole; take "
                                     "a lower sparsity, or fewer whole layers (first, last)")
-        for name, count in ((f"{layer}.heads", shape.kv_heads - heads), (f"{layer}.width", min(left, shape.width))):
+        left = min(left, shape.width)
+        owed = target - heads * head[layer] - 3 * hidden * (shape.width - left)
+        for name, count in ((f"{layer}.heads", shape.kv_heads - heads), (f"{layer}.width", left)):
             if name in scores:
                 keep[name] = np.sort(np.argsort(-np.asarray(scores[name]), kind="stable")[:count])
     return keep
