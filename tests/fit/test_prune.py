@@ -15,7 +15,7 @@ from edgewise.core.shapes import shapes_of
 from edgewise.engine.loading import load
 from edgewise.fit.dispatch import calibration_of
 from edgewise.fit.prune import prune, pruned
-from edgewise.fit.pruners import PRUNERS, pruner_of
+from edgewise.fit.pruners import PRUNERS, pruner_of, pruners_markdown
 from edgewise.formats.folder import read_folder
 from edgewise.formats.folder_writer import write_folder
 from tiny_checkpoint import tiny_checkpoint
@@ -123,3 +123,7 @@ def test_zeros_alone_are_said_to_be_no_faster(tmp_path):
     with collect_notices() as notices:
         prune(BASE, "magnitude", 0.5, out=tmp_path / "made", calibrate=IDS, check=False)
     assert any("no model faster" in str(one) for one in notices)
+
+
+def test_the_table_is_in_the_documentation(root):
+    assert (root / "docs" / "pruning.md").read_text("utf-8") == pruners_markdown()

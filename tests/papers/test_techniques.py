@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgewise.compress.prune import masks
 from edgewise.compress.quantize import awq, gptq, llm_int8, lorc, rtn
+from edgewise.compress.surgery import operations as surgery
 from edgewise.core.budget import Budget
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.device import Device, Tier, Unit
@@ -293,3 +295,62 @@ def test_q4_the_residual_to_a_low_rank():
     on = [float(np.square(each.dense() - weight).sum()) for each in made]
     assert on == sorted(on, reverse=True)
     assert on[0] < float(np.square(off.dense() - weight).sum())
+
+
+def test_p1_masks_that_know_the_inputs():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 64)) @ (np.eye(64) + 0.3 * rng.standard_normal((64, 64)))
+    x *= np.exp(rng.standard_normal(64))
+    weight, gram = rng.standard_normal((48, 64)).astype(np.float32), x.T @ x
+
+    def error(made):
+        return float(np.square((made - weight) @ x.T).sum())
+
+    off = error(masks.by_magnitude(weight, masks.Prune(0.5))[0])
+    wanda = error(masks.by_wanda(weight, np.sqrt(np.diag(gram)), masks.Prune(0.5))[0])
+    on = error(masks.by_sparsegpt(weight, gram, masks.SparseGpt(0.5))[0])
+    assert off > wanda > on
+    np.testing.assert_array_equal(masks.by_sparsegpt(weight, gram, masks.SparseGpt(0.0))[0], weight)
+
+
+def test_p2_cut_units_are_fewer_bytes_and_operations():
+    whole = tiny_checkpoint()
+    gone = {"0.width": range(40), "1.heads": [0]}
+    keep = {"0.width": range(40, 128), "1.heads": [1]}
+
+    def work(checkpoint):
+        plan = plan_of(checkpoint)
+        session = model_of(checkpoint, cache=False)
+        ops = workload_of(plan, session.packed.matrices, depth=32).ops
+        return sum(op.weight_bytes + op.in_bytes for op in ops), sum(op.macs for op in ops)
+
+    def logits(checkpoint):
+        return model_of(checkpoint, kv="fp32", cache=False).forward(np.array(IDS, np.int32))
+
+    smaller = surgery.cut(whole, keep)
+    assert all(on < off for on, off in zip(work(smaller), work(whole), strict=True))
+    zeroed = surgery.zero(whole, gone)
+    np.testing.assert_allclose(logits(surgery.cut(zeroed, keep)), logits(zeroed), rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(logits(surgery.cut(whole, {"0.width": range(128)})), logits(whole))
+
+
+@pytest.mark.slow
+def test_d1_a_student_comes_nearer_to_its_teacher():
+    from edgewise.train.distill import Distill, distill
+
+    teacher = tiny_checkpoint()
+    student = surgery.cut(teacher, {"0.width": range(24, 128), "1.values.0": range(14), "1.values.1": range(14)})
+    text = np.random.default_rng(3).integers(4, 260, 4000)
+
+    def apart(checkpoint):
+        logits = [model_of(each, cache=False).forward(np.array(IDS, np.int32)) for each in (teacher, checkpoint)]
+        return kl_divergence(*logits).mean(), kl_divergence(*logits[::-1]).mean()
+
+    settings = {"steps": 60, "batch": 8, "length": 24, "prompt": 8, "rate": 2e-3}
+    before = apart(student)
+    for which, direction, policy in ((0, "forward", 0.0), (1, "reverse", 0.0), (1, "reverse", 1.0)):
+        made = distill(student, teacher, text, Distill(direction=direction, on_policy=policy, **settings))
+        on = apart(made)[which]
+        assert on < before[which]
+    off = apart(distill(student, teacher, text, Distill(**{**settings, "rate": 1e-12})))[0]
+    assert off == pytest.approx(before[0], rel=1e-3)

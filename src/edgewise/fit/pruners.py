@@ -7,6 +7,8 @@ kind cut: (checkpoint, sample, settings, *, threads, progress) -> Checkpoint of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,15 @@ from edgewise.compress.surgery.operations import cut, norms_of
 from edgewise.compress.walk import blocks_of
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import InvalidValueError, notice
+from edgewise.core.report import Report, Table
 from edgewise.core.values import dataclass
 from edgewise.engine.calibrate import EngineStats
 from edgewise.fit.dispatch import Calibration
 from edgewise.fit.methods import Method
+from edgewise.report import render
+from edgewise.report.text import cell
 
-__all__ = ["PRUNERS", "Blocks", "block_influence", "pruner_of"]
+__all__ = ["PRUNERS", "Blocks", "block_influence", "pruner_of", "pruners_markdown"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -136,3 +141,17 @@ def pruner_of(name: str) -> Method:
         if row.name == known:
             return row
     raise InvalidValueError(f"no method {name!r}; there are {', '.join(row.name for row in PRUNERS)}")
+
+
+def pruners_markdown() -> str:
+    """The table as Markdown, which docs/pruning.md is."""
+    rows = []
+    for row in PRUNERS:
+        module, name = row.config.split(":")
+        kind = getattr(import_module(module), name)
+        settings = "; ".join(f"{field.name} = {cell(field.default)}" for field in fields(kind))
+        rows.append((row.name, f"{row.title}: {row.citation}", "zeros" if row.format == "mask" else "smaller shapes",
+                     row.needs, row.says, settings))
+    table = Table("Methods of `edgewise prune`", ("method", "paper", "makes", "needs", "what it does", "settings"),
+                  tuple(rows))
+    return render(Report("Pruning", tables=(table,)), "markdown")

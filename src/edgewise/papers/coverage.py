@@ -84,10 +84,19 @@ ROWS: tuple[Row, ...] = (
         "edgewise.train.qat", "train_phases", _TEST + "test_q6_training_smoothing_and_normal_floats_each_help",
         "trained in 4 bits: less loss than rounded to 4 bits; smoothed: less error where inputs have outliers; NF4: "
         "less error than INT4 on normal weights"),
-    Row("P1", _C, "unstructured pruning", "SparseGPT, Wanda"),
-    Row("P2", _C, "structured pruning", "LLM-Pruner, Sheared-LLaMA"),
+    Row("P1", _C, "unstructured pruning", "SparseGPT, Wanda", "have", "edgewise.compress.prune.masks", "by_sparsegpt",
+        _TEST + "test_p1_masks_that_know_the_inputs",
+        "half of the weights zero, correlated inputs: less product error by Wanda than by magnitude, and least by "
+        "SparseGPT; off, a share of nothing, the weight to the bit"),
+    Row("P2", _C, "structured pruning", "LLM-Pruner, Sheared-LLaMA", "partial", "edgewise.compress.surgery.operations",
+        "cut", _TEST + "test_p2_cut_units_are_fewer_bytes_and_operations",
+        "heads and neurons cut out: fewer bytes read and fewer products for each token, and the same answers where "
+        "they were zero; off, all kept, the same bits", "masks that are learned under a target shape (Sheared-LLaMA)"),
     Row("P3", _C, "contextual sparsity", "PowerInfer, arXiv:2312.12456"),
-    Row("D1", _C, "distillation", "MiniLLM, arXiv:2306.08543"),
+    Row("D1", _C, "distillation", "MiniLLM, arXiv:2306.08543", "partial", "edgewise.train.distill", "distill",
+        _TEST + "test_d1_a_student_comes_nearer_to_its_teacher",
+        "a cut model comes nearer to the one it was cut from, by forward and by reverse KL and on policy; off, at a "
+        "vanishing rate, it stays where it was", "the policy gradient of MiniLLM; sequence-level distillation"),
     Row("R1", _C, "low-rank factors", "arXiv:2310.11028"),
     Row("V1", _C, "a smaller vocabulary", "PanGu-pi Pro, arXiv:2402.02791"),
     Row("H1", _H, "edge runtimes: a native path and common files", "llama.cpp, MNN, ExecuTorch", "have",

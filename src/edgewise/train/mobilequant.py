@@ -50,9 +50,10 @@ from edgewise.compress.walk import Group, blocks_of, walk
 from edgewise.core.activation import StaticActivation, activations_to_config
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.elements import FP32, int_format
-from edgewise.core.errors import InvalidValueError
+from edgewise.core.errors import InvalidValueError, UnsupportedError
 from edgewise.core.numbers import QuantFormat
 from edgewise.core.numbers import quantize as to_codes
+from edgewise.core.shapes import shapes_of
 from edgewise.core.stats import InputStats
 from edgewise.core.storage import Dense, QuantizedTensor, Stored
 from edgewise.formats.cache import write_aside
@@ -141,6 +142,9 @@ def smoothed(checkpoint: Checkpoint, stats: Mapping[str, InputStats], config: Mo
 
 
 def _heads(checkpoint: Checkpoint) -> tuple[int, int]:
+    if shapes_of(checkpoint.config, checkpoint.source) is not None:
+        raise UnsupportedError(f"{checkpoint.source}: MobileQuant moves scales between heads that are alike in every "
+                               "layer, and layer_shapes says they are not; take gptq or awq")
     heads = int(checkpoint.config["num_attention_heads"])
     return heads, int(checkpoint.config.get("num_key_value_heads") or heads)
 
