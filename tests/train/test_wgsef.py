@@ -27,7 +27,7 @@ from edgewise.train.wgsef import (
 
 pytestmark = pytest.mark.slow
 NET = Stack(((6, 3, True), (10, 3, True)), (), 3, 3, 16, norm=True, padded=True, flat=False)
-SHORT = Wgsef(strength=0.5, growth=2.0, epochs=Epochs(12, 16, 0.05, weight_decay=0.0))
+SHORT = Wgsef(strength=0.5, growth=2.0, plain=0.25, debias=0.25, epochs=Epochs(12, 16, 0.05, weight_decay=0.0))
 
 
 @pytest.fixture(scope="module")

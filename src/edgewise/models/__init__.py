@@ -12,6 +12,7 @@ __all__, _opened = front_door(__name__, {
     "efficientnet_lite": "EfficientNetLite efficientnet_lite0",
     "image_folder": "read_image_net write_image_net",
     "loader": "checkpoint_of load",
+    "short_encoder": "ShortEncoder ThinPair",
     "static": "install layers_of",
     "vision_transformer": "VisionTransformer",
 })

@@ -144,7 +144,8 @@ def _networks(chosen: Mapping[str, Any], seed: int, ablate: bool) -> tuple[Table
     units = units_of(dense, tests[:1])
     levels = unit_levels(dense, units, chosen["share"])
     wanted = [level.k for level in levels]
-    base = Wgsef(strength=chosen["strength"], growth=chosen["growth"], epochs=epochs)
+    base = Wgsef(strength=chosen["strength"], growth=chosen["growth"], plain=chosen["plain"], debias=chosen["debias"],
+                 epochs=epochs)
     arms = {"WGSEF": base, "group lasso": replace(base, penalty="group lasso", strength=chosen["lasso"]),
             "no penalty, then the largest": replace(base, penalty="ridge", strength=1e-9, ramp=False)}
     if ablate:
@@ -242,7 +243,8 @@ def _claims() -> tuple[Claim, ...]:
     )
 
 
-_NETWORK = {"size": 32, "pictures": 1500, "held_out": 1000, "widths": [16, 32, 64], "epochs": 18, "batch": 64,
+_NETWORK = {"size": 32, "pictures": 1500, "held_out": 1000, "widths": [16, 32, 64], "epochs": 24, "plain": 0.2,
+            "debias": 0.5, "batch": 64,
             "learning_rate": 0.05, "share": 0.3, "strength": 0.3, "growth": 1.5, "lasso": 0.1, "repeats": 15}
 _REGRESSION = {"groups": 50, "size": 4, "active": 5, "samples": 120, "iterations": 2000, "levels": [3, 5, 10],
                "strengths": [0.05, 0.2, 0.5, 1, 2, 5, 10]}
@@ -253,7 +255,8 @@ RECIPE = Recipe(
     scales={
         "smoke": {"cases": 200, "groups": [10_000, 200_000], "regression": {**_REGRESSION, "iterations": 400},
                   "network": {**_NETWORK, "size": 16, "pictures": 160, "held_out": 100, "widths": [6, 8], "epochs": 12,
-                              "batch": 16, "share": 0.5, "strength": 0.5, "growth": 2.0, "repeats": 6}},
+                              "batch": 16, "share": 0.5, "strength": 0.5, "growth": 2.0, "plain": 0.25, "debias": 0.25,
+                              "repeats": 6}},
         "small": {"cases": 2000, "groups": [10_000, 1_000_000], "regression": _REGRESSION, "network": _NETWORK,
                   "seeds": 3},
         "paper": {"cases": 2000, "groups": [10_000, 1_000_000], "regression": _REGRESSION,

@@ -14,6 +14,7 @@ __all__, _opened = front_door(__name__, {
     "fake_quant": "EmaRange LearnedClip Lsq LsqPlus StaticAffine fake_quantize per_token round_ste scale_gradient snap "
                   "static_affine straight_through",
     "small_llama": "SmallLlama small_llama",
+    "greenformers": "Greenformers crossover factorised layer_macs",
     "hooks": "TorchStats gather",
     "mobilequant": "Learner MobileQuant",
     "qat": "Phase Qat QuantizedLayer calibrate prepare quantisable stored_bits train_phases",

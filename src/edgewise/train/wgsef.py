@@ -61,7 +61,7 @@ class Wgsef:
     """plain, debias: shares of the epochs without penalty before and after. growth: of lambda, per epoch.
 
     penalty: group lasso and ridge (k = m) in the same place, to compare. half_space: eps, or None for proximal steps
-    to the end; taken in the second half of the penalised stretch. ramp: False keeps lambda as it is. stop: a level that
+    to the end; taken after a quarter of the penalised stretch. ramp: False keeps lambda as it is. stop: a level that
     has come within (1 + slack) k keeps its k largest and is penalised no more, before the shrinkage takes those too.
     """
 
@@ -71,10 +71,10 @@ class Wgsef:
     ramp: bool = True
     stop: bool = True
     slack: float = 0.25
-    plain: float = 1 / 4
-    debias: float = 1 / 4
+    plain: float = 0.2
+    debias: float = 0.5
     half_space: float | None = None
-    epochs: Epochs = field(default_factory=lambda: Epochs(epochs=18, weight_decay=0.0))
+    epochs: Epochs = field(default_factory=lambda: Epochs(epochs=24, weight_decay=0.0))
 
     def __post_init__(self) -> None:
         if not self.strength > 0 or self.growth < 1 or self.plain < 0 or self.debias < 0 \
@@ -188,7 +188,7 @@ class _State:
 
     def step(self, step: int, rate: float, optimiser: torch.optim.SGD) -> None:
         penalised = self.config.penalty != "none" and self.first < step <= self.last
-        halves = self.config.half_space is not None and step > (self.first + self.last) / 2
+        halves = self.config.half_space is not None and step > self.first + (self.last - self.first) / 4
         for level in self.levels:
             if penalised and level.name not in self.masks:
                 (self._half_space if halves else self._prox)(level, rate, optimiser)
