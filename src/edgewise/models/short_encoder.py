@@ -2,8 +2,8 @@
 
 Low-Rank Transformer: Winata et al., ICASSP 2020, arXiv:1910.13923; Cahyawijaya, "Greenformers", 2021,
 arXiv:2108.10808: every projection of attention and feed-forward is y = (x E) D + b, E (in, rank), D (rank, out).
-arXiv:2108.10808: every projection of attention and feed-forward is y = (x E) D + b, E (in, rank) and D (rank, out).
-F (k, longest), so that attention costs 2 n k d in place of 2 n^2 d.
+Linformer: Wang et al., arXiv:2006.04768: keys and values are projected along the sequence, K' = P K, V' = F V with P
+and F (k, longest), so that attention costs 2 n k d in place of 2 n^2 d.
 
 Differs from the papers: P and F are shared by the heads of a layer. A sequence shorter than the longest takes the first
 columns of P and F.

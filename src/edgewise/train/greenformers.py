@@ -10,8 +10,8 @@ Layers of length n, width d, feed-forward 4 d, in multiply-accumulates: dense li
 attention 2 n^2 d, Linformer's 2 n k d and 2 n k d for its projections. Both save the same at n* = 6 d - 9 r + 2 k.
 
 Differs from the library: svd is exact, and splits its singular values evenly over both factors (they train better so)
-where the library leaves them to E (split "left": an orthonormal D); the non-negative solvers are left out, as trained weights have both signs; r_max of a convolution
-counts its kernel, as its cost does.
+where the library leaves them to E (split "left": an orthonormal D); the non-negative solvers are left out, as trained
+weights have both signs; r_max of a convolution counts its kernel, as its cost does.
 """
 
 from __future__ import annotations
