@@ -3,11 +3,13 @@
     python benchmarks/lowbit.py speed --model smollm2 --out docs/results/lowbit-smollm2.json
     python benchmarks/lowbit.py speed --model random:1b --peer-python PEER/bin/python --out docs/results/lowbit.json
     python benchmarks/lowbit.py quality --peer-python PEER/bin/python --out docs/results/lowbit-quality.json
+    python benchmarks/lowbit.py quality --model small --windows 32 --peer-python PEER/bin/python --out OUT.json
 
 PEER as in llm.py. Speed: all engines and formats are timed in rounds, each round in another random order; ratios are
 within rounds. Codes are random: speed does not depend on them. llama.cpp makes its files with its own quantiser from an
-F16 file, every matrix in the one type. Quality: SmolLM2 rescaled off its grid is the reference and is quantised by
-GPTQ here, by llama.cpp's quantiser (as its file types mix tensors) there; one engine, edgewise, scores both.
+F16 file, every matrix in the one type. Quality: a float reference (allocation.py says which) is quantised by GPTQ here,
+by llama.cpp's quantiser (as its file types mix tensors) there; one engine, edgewise, scores both. K-quants need rows of
+256 m values: SmolLM2's have 576, and its files of 2 and 3 bits fall back to 4 bits and more; those of `small` do not.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from allocation import reference_of
 from llm import Test, Worker, peer_environment
 from random_llama import SHAPES, random_file, random_llama
 from workers import HERE, commit, publish
 
-from edgewise.compress.reference import off_the_grid
 from edgewise.core.activation import StaticActivation, activations_to_config
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import collect_notices
@@ -40,6 +42,7 @@ from edgewise.core.numbers import FP16, QuantFormat
 from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.storage import Dense, LazyTensors, QuantizedTensor, Sparse, Stored
 from edgewise.data.texts import text
+from edgewise.engine.archs import plan_of
 from edgewise.engine.loading import load, model_of
 from edgewise.engine.model import LanguageModel
 from edgewise.formats.cache import cache_root
@@ -231,7 +234,8 @@ def quality(options: argparse.Namespace) -> Report:
     """Perplexity and divergence of both engines' weights from the same float reference."""
     from edgewise.fit import quantize
 
-    reference = off_the_grid(open_checkpoint(options.model), seed=0)
+    reference = reference_of(options.model)
+    length = min(512, plan_of(reference).context)
     folder = cache_root() / "benchmarks" / "lowbit" / options.model.replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / "reference.F16.gguf"
@@ -247,23 +251,24 @@ def quality(options: argparse.Namespace) -> Report:
             quantize(str(whole), "gptq", form, out=made, check=False, resume=True)
         path, fallbacks = peer_file(options.peer_python, whole, kind, pure=False)
         sources |= {f"GPTQ {form}": (str(made), ""), f"llama.cpp {kind}": (str(path), fallbacks)}
-    exact = load(str(whole), activations="float32", threads=options.threads, context=512, kv="fp32", cache=False)
+    exact = load(str(whole), activations="float32", threads=options.threads, context=length, kv="fp32", cache=False)
     ids = np.asarray(exact.encode(text(options.text).content, add_special=False), np.int32)
-    plain = perplexity(exact.forward, ids, limit=options.windows).value
+    plain = perplexity(exact.forward, ids, window=length, limit=options.windows).value
     rows = [("F16 reference", 16.0, round(plain, 3), 0.0, 1.0, "")]
     quantities = []
     for name, (source, note) in sources.items():
-        model = load(source, threads=options.threads, context=512, kv="fp32", cache=False)
-        score = perplexity(model.forward, ids, limit=options.windows)
-        apart = divergence(exact.forward, model.forward, ids, limit=options.windows)
+        model = load(source, threads=options.threads, context=length, kv="fp32", cache=False)
+        score = perplexity(model.forward, ids, window=length, limit=options.windows)
+        apart = divergence(exact.forward, model.forward, ids, window=length, limit=options.windows)
         bits = matrix_bits(model) if name.startswith("GPTQ") else layer_bits(Path(source))
-        rows.append((name, round(bits, 3), round(score.value, 3), round(apart.kl, 4), round(apart.agreement, 4), note))
+        rows.append((name, round(bits, 3), round(score.value, 3), float(f"{apart.kl:.4g}"), round(apart.agreement, 4),
+                     note))
         quantities += [score.quantity(f"{name}: perplexity"), Quantity(f"{name}: KL", apart.kl, "nat"),
                        Quantity(f"{name}: bits per weight", bits)]
         print(rows[-1], flush=True)
     return Report(
         f"Low bits on {options.model}: perplexity and divergence", tuple(quantities),
-        (Table(f"{options.windows} windows of 512 tokens", ("weights", "bits per weight", "perplexity", "KL, nat",
+        (Table(f"{options.windows} windows of {length} tokens", ("weights", "bits per weight", "perplexity", "KL, nat",
                                                            "same first choice", "notes"), tuple(rows)),),
         environment={"model": options.model, "commit": commit(), "windows": options.windows,
                      "command": "python benchmarks/lowbit.py " + " ".join(sys.argv[1:])})
