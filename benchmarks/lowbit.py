@@ -215,7 +215,7 @@ def speed(options: argparse.Namespace) -> Report:
         (Table(f"Tokens per second, {threads} threads", columns, tuple(rows)),),
         environment={**machine.report.environment, **environment, "model": options.model, "rounds": options.rounds,
                      "commit": commit(), "tier": models[BASE].tier,
-                     "command": "python benchmarks/lowbit.py " + " ".join(sys.argv[1:])}).with_notices(notices)
+                     "command": command_of(options)}).with_notices(notices)
 
 
 def layer_bits(path: Path) -> float:
@@ -271,7 +271,13 @@ def quality(options: argparse.Namespace) -> Report:
         (Table(f"{options.windows} windows of {length} tokens", ("weights", "bits per weight", "perplexity", "KL, nat",
                                                            "same first choice", "notes"), tuple(rows)),),
         environment={"model": options.model, "commit": commit(), "windows": options.windows,
-                     "command": "python benchmarks/lowbit.py " + " ".join(sys.argv[1:])})
+                     "command": command_of(options)})
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """What was typed, the peer's interpreter by the name that this file gives it."""
+    words = ["PEER/bin/python" if word == options.peer_python else word for word in sys.argv[1:]]
+    return " ".join(["python benchmarks/lowbit.py", *words])
 
 
 def main() -> None:
