@@ -292,9 +292,9 @@ class _Workload:
 # ---- claims -------------------------------------------------------------------------------------------------------
 
 _SEEDS = "The networks are small and the seeds decide: the sign is that of the claim for one or two of three."
-_RULE = ("The paper's rule widens the 18 % of layers that rank highest, whatever they weigh: it spends 5.9 bits a weight "
-         "on odometry, and the same sensitivities chosen exactly under a budget of 4.7 leave less than half of the "
-         "loss.")
+_RULE = ("The paper's rule widens the 18 % of layers that rank highest, whatever they weigh: it spends 5.9 bits a "
+         "weight on odometry, and the same sensitivities chosen exactly under a budget of 4.7 leave less than half of "
+         "the loss.")
 
 
 def _claims() -> tuple[Claim, ...]:
