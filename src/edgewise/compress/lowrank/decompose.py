@@ -112,13 +112,13 @@ def randomised(weight: Array, rank: int, *, oversample: int = 10, iterations: in
 
 
 def leverage(gram: Array, ridge: float) -> Float64:
-    """Ridge leverage scores [G (G + ridge I)^-1]_ii in [0, 1), (in,): how little the others say about an input."""
+    """Ridge leverage scores [G (G + ridge I)^-1]_ii = 1 - ridge [(G + ridge I)^-1]_ii in [0, 1), (in,): how little the
+    others say about an input."""
     gram = _gram(gram)
     if not ridge > 0:
         raise InvalidValueError(f"a ridge is positive; given {ridge}")
-    values, vectors = np.linalg.eigh(gram)
-    values = np.maximum(values, 0)
-    return np.asarray(np.square(vectors) @ (values / (values + ridge)))
+    inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
+    return np.asarray(np.clip(1 - ridge * np.diag(inverse), 0.0, 1.0))
 
 
 def nystroem(gram: Array, columns: Array) -> Float64:
@@ -131,13 +131,25 @@ def nystroem(gram: Array, columns: Array) -> Float64:
     if len(columns) == 0 or len(np.unique(columns)) != len(columns) or columns.min() < 0 or columns.max() >= len(gram):
         raise InvalidValueError(f"columns are distinct and 0 to {len(gram) - 1}, at least one; given {columns}")
     inner = gram[np.ix_(columns, columns)]
+    if _well_conditioned(inner):
+        solved: Float64 = np.linalg.solve(inner, gram[columns])
+        solved[:, columns] = np.eye(len(columns))  # exactly, and not up to rounding
+        return solved
     values, vectors = np.linalg.eigh(inner)
     safe = values > values[-1] * len(values) * np.finfo(np.float64).eps
     inverse = np.where(safe, 1 / np.where(safe, values, 1), 0)
     mixture: Float64 = (vectors * inverse) @ (vectors.T @ gram[columns])
-    if safe.all():
-        mixture[:, columns] = np.eye(len(columns))  # exactly, and not up to rounding
     return mixture
+
+
+def _well_conditioned(inner: Float64) -> bool:
+    """Whether a solution is good to some digits: pivots of the Cholesky factor bound the condition from below."""
+    scale = np.sqrt(np.maximum(np.diag(inner), 1e-300))
+    try:
+        pivots = np.diag(np.linalg.cholesky(inner / np.outer(scale, scale)))
+    except np.linalg.LinAlgError:
+        return False
+    return bool(pivots.min() > 1e-5)
 
 
 def cr_columns(left: Array, right: Array, keep: int) -> tuple[Int64, float]:
