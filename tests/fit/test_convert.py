@@ -8,13 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cut_checkpoint import cut_checkpoint
 from edgewise import load
 from edgewise.core.errors import InvalidValueError, SourceError, UnsupportedError, collect_notices
 from edgewise.core.numbers import QuantFormat, dequantize, quantize
 from edgewise.core.storage import Blocks, Dense, Factored
 from edgewise.fit.convert import convert, tensor_class
 from edgewise.formats import open_checkpoint
+from edgewise.formats.describe import format_of
+from edgewise.formats.folder import read_folder
+from edgewise.formats.folder_writer import write_folder
 from edgewise.formats.ggml_blocks import encode
+from edgewise.formats.gguf import read_gguf
 from tiny_checkpoint import tiny_checkpoint, tiny_encoder, tiny_folder
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -206,3 +211,17 @@ def test_a_failed_conversion_leaves_nothing(checkpoint, tmp_path):
     ("embeddings.position_embeddings.weight", "table"), ("pooler.dense.weight", "other")])
 def test_classes(name, expected):
     assert tensor_class(name) == expected
+
+
+def test_layers_that_are_padded_are_rounded_like_the_rest(tmp_path):
+    source = write_folder(cut_checkpoint(), tmp_path / "cut")
+    with collect_notices():
+        convert(str(source), str(tmp_path / "m.gguf"), "Q8_0")
+        convert(str(source), str(tmp_path / "plain"), dense="fp16")
+    made = read_gguf(tmp_path / "m.gguf")
+    for name in made.tensors:
+        if name.endswith("_proj.weight"):
+            assert format_of(made.tensors[name]) == "Q8_0", name
+    plain = read_folder(tmp_path / "plain")
+    ups = [name for name in plain.tensors if name.endswith("up_proj.weight")]
+    assert {tuple(plain.tensors[name].shape) for name in ups} == {(128, 64)}

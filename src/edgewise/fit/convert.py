@@ -28,9 +28,11 @@ from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.storage import LazyTensors, QuantizedTensor, Stored
 from edgewise.formats.cache import Progress
 from edgewise.formats.describe import format_of
+from edgewise.formats.equal_shapes import equal_shapes
 from edgewise.formats.folder_writer import Layout, write_folder
 from edgewise.formats.ggml_blocks import READ, WRITTEN, codec, encode, type_of
 from edgewise.formats.gguf import write_gguf
+from edgewise.formats.gguf_writer import as_layers_of_gguf
 from edgewise.formats.sources import open_checkpoint
 
 __all__ = ["TensorError", "convert", "tensor_class"]
@@ -116,6 +118,10 @@ def convert(source: str | os.PathLike[str] | Checkpoint, out: str | os.PathLike[
     _refuse_own_source(checkpoint, target)
 
     number = None if dense is None else _PLAIN[dense]
+    if gguf:  # padded first: what is padded is rounded like the rest
+        checkpoint = as_layers_of_gguf(checkpoint)
+    elif number is not None or layout != "edgewise":
+        checkpoint = equal_shapes(checkpoint)
     work = _Conversion(checkpoint, wanted, wanted_embedding, gguf, number)
     config = {"format": format, **({"embedding": embedding} if embedding else {}),
               **({"dense": dense} if dense else {}), **({"layout": layout} if layout != "edgewise" else {})}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import FormatError, InvalidValueError, UnsupportedError, notice
+from edgewise.core.shapes import shapes_of
 from edgewise.core.storage import Dense, Stored
 from edgewise.formats.cache import Progress, write_aside
 from edgewise.formats.equal_shapes import equal_shapes
@@ -31,7 +32,7 @@ from edgewise.formats.gguf_names import DECI, GgufArch, arch_of_config
 from edgewise.formats.gguf_rotary import interleave_rotary
 from edgewise.formats.gguf_tokenizer import keys_of_tokenizer
 
-__all__ = ["LINEAGE", "Types", "write_gguf", "write_gguf_raw"]
+__all__ = ["LINEAGE", "Types", "as_layers_of_gguf", "write_gguf", "write_gguf_raw"]
 
 Types = Callable[[str, Stored], str] | Mapping[str, str] | str
 LINEAGE = "edgewise.lineage"
@@ -55,15 +56,20 @@ def write_gguf(checkpoint: Checkpoint, path: str | Path, types: Types = "keep", 
     """
     where = checkpoint.source or "checkpoint"
     arch = arch_of_config(checkpoint.arch, where=where)
-    if checkpoint.arch == "llama" and said_in_arrays(checkpoint.config):
+    checkpoint = as_layers_of_gguf(checkpoint)
+    if shapes_of(checkpoint.config) is not None:
         arch = DECI
-    else:
-        checkpoint = equal_shapes(checkpoint)
     tensors = _tensors(checkpoint, arch, types, where)
     keys = _keys(checkpoint, arch, where)
     if any(codec(kind).block > 1 for kind, _, _ in tensors.values()):
         keys["general.quantization_version"] = 2
     _write(Path(path), keys, tensors, overwrite, progress)
+
+
+def as_layers_of_gguf(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with layers as a GGUF file has them: unequal where deci's arrays say so, else padded."""
+    said = checkpoint.arch == "llama" and said_in_arrays(checkpoint.config)
+    return checkpoint if said else equal_shapes(checkpoint)
 
 
 def write_gguf_raw(path: str | Path, keys: Mapping[str, Any], tensors: Mapping[str, tuple[str, Stored]], *,
