@@ -20,5 +20,5 @@ def test_the_smoke_scale_shows_that_the_mechanism_acts(tmp_path):
     assert report["error with nothing in the low rank, over R-Sparse"] > 1
     assert report["error with all inputs in the low rank, over R-Sparse"] > 1
     arms = report.tables[-1] if report.tables[-1].title.startswith("Perplexity") else report.tables[1]
-    assert [row[0] for row in arms.rows] == ["dense", "|x|", "alpha 1", "alpha 0.95", "alpha 0.8", "random inputs",
-                                             "low rank alone", "searched"]
+    assert [row[0] for row in arms.rows] == ["dense", "low rank alone", "random inputs", "|x|", "alpha 1",
+                                             "alpha 0.95", "alpha 0.8", "searched"]

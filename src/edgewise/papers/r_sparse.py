@@ -66,14 +66,15 @@ def run(settings: Mapping[str, Any], seed: int, ablate: bool) -> Report:
         found[what, sparsity] = whole, decoded_perplexity(model, windows, dense_share=0.9), read
         rows.append((what, sparsity, *found[what, sparsity]))
 
+    half = replace(base, sparsity=0.5)
+    # The largest rank first: what is decomposed for it serves all others.
+    measure("low rank alone", 0.5, with_alphas(prepared, dict.fromkeys(names, 0.0), half))
+    measure("random inputs", 0.5, _random(prepared, 0.5, rng))
     for sparsity in settings["sparsities"]:
         config = replace(base, sparsity=sparsity)
         measure("|x|", sparsity, with_alphas(prepared, dict.fromkeys(names, 1.0), replace(config, weighted=False)))
         for alpha in settings["alphas"]:
             measure(f"alpha {alpha:g}", sparsity, with_alphas(prepared, dict.fromkeys(names, alpha), config))
-    half = replace(base, sparsity=0.5)
-    measure("random inputs", 0.5, _random(prepared, 0.5, rng))
-    measure("low rank alone", 0.5, with_alphas(prepared, dict.fromkeys(names, 0.0), half))
     with collect_notices():
         alphas = search(prepared, calibration[base.tokens:], half)
     measure("searched", 0.5, with_alphas(prepared, alphas, half))
@@ -253,9 +254,9 @@ RECIPE = Recipe(
                   "windows": 4, "length": 64, "sparsities": [0.5], "alphas": [1.0, 0.95, 0.8], "generations": 1,
                   "population": 4, "search_tokens": 64, "timed_tokens": 16, "rounds": 2},
         "small": {"model": "smollm2", "held_out": "lee_background", "text": "wikipedia_pages/calibration",
-                  "format": "int4/g32", "tokens": 512, "windows": 4, "length": 256, "sparsities": [0.3, 0.4, 0.5, 0.6],
-                  "alphas": [1.0, 0.95, 0.9, 0.8], "generations": 4, "population": 12, "search_tokens": 192,
-                  "timed_tokens": 64, "rounds": 9, "seeds": 3},
+                  "format": "int4/g32", "tokens": 512, "windows": 4, "length": 256, "sparsities": [0.3, 0.5],
+                  "alphas": [1.0, 0.95, 0.8], "generations": 3, "population": 8, "search_tokens": 128,
+                  "timed_tokens": 48, "rounds": 9, "seeds": 3},
         "paper": {"model": "smollm2", "held_out": "lee_background", "text": "wikipedia_pages/calibration",
                   "format": "int8/g32", "tokens": 512, "windows": 32, "length": 512,
                   "sparsities": [0.3, 0.4, 0.5, 0.6], "alphas": [1.0, 0.95, 0.9, 0.8], "generations": 20,
