@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewise.compress.lowrank.decompose import randomised, svd
+from edgewise.compress.lowrank.decompose import randomised
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import FP16
 from edgewise.core.storage import Dense, Factored, InputSparse, Stored
@@ -83,8 +83,8 @@ def budget_of(shape: tuple[int, int], sparsity: float, alpha: float) -> Budget:
 
 @dataclass(frozen=True, eq=False)
 class Decomposed:
-    """A weight (m, n) ready for any budget. norms: (n,) c. left (m, r), right (r, n): the first singular directions,
-    left with its values; falling, so that the first columns of both are a smaller rank's."""
+    """A weight (m, n) ready for any budget. norms: (n,) c. left (m, r), right (r, n): along the first singular
+    directions, in order, so that the first of both are a smaller rank's; one of them holds the values."""
 
     norms: Float32
     left: Float32
@@ -97,9 +97,14 @@ def decomposed(weight: NDArray[np.floating], rank: int) -> Decomposed:
     norms = np.sqrt(np.square(weight).sum(axis=0)).astype(np.float32)
     if rank == 0:
         return Decomposed(norms, np.zeros((len(weight), 0), np.float32), np.zeros((0, weight.shape[1]), np.float32))
-    small = min(weight.shape) <= _EXACT or 4 * rank > min(weight.shape)
-    factors = svd(weight, rank, split="right") if small else randomised(weight, rank, split="right")
-    return Decomposed(norms, factors.left.astype(np.float32), factors.right.astype(np.float32))
+    if min(weight.shape) > _EXACT and 4 * rank <= min(weight.shape):
+        factors = randomised(weight, rank, split="right")
+        return Decomposed(norms, factors.left.astype(np.float32), factors.right.astype(np.float32))
+    # The directions of the shorter side, from its Gram matrix: with these W V V^T and U U^T W are as good as any.
+    wide = weight.shape[1] > weight.shape[0]
+    vectors = np.linalg.eigh(weight @ weight.T if wide else weight.T @ weight)[1][:, ::-1][:, :rank]
+    left, right = (vectors, vectors.T @ weight) if wide else (weight @ vectors, vectors.T)
+    return Decomposed(norms, left.astype(np.float32), right.astype(np.float32))
 
 
 def quantile_of(inputs: Float32, norms: Float32 | None, kept: float) -> float:
