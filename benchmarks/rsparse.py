@@ -38,17 +38,23 @@ from edgewise.core.report import Quantity, Report, Table
 from edgewise.core.storage import InputSparse, LazyTensors, Stored
 from edgewise.data.texts import text
 from edgewise.data.tokenizer import tokenizer_of
-from edgewise.engine.loading import model_of
-from edgewise.engine.model import LanguageModel
+from edgewise.engine.archs import plan_of
+from edgewise.engine.build import build_model, linears_of
+from edgewise.engine.loading import default_kv, model_of, recipes_of
+from edgewise.engine.model import read_share
+from edgewise.engine.packing import pack_all
+from edgewise.engine.plan import Linear, for_context, plan_with
+from edgewise.engine.sparse import shapes_in
 from edgewise.formats.sources import open_checkpoint
 from edgewise.measure.cores import usable_cores
 from edgewise.measure.machine import probe
 from edgewise.measure.repeat import Sample
+from edgewise.native import _core
 
 FORMATS = ("int4/g32", "int4/g32/fp16/min", "int4/g64", "int8/g32")
 SITES = {"attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "output": ("self_attn.o_proj",),
          "feed_forward": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}
-PROMPT, CALIBRATED = 32, 48
+PROMPT, CALIBRATED, CONTEXT = 32, 48, 640
 """Tokens before what is decoded, and decoded tokens that thresholds are taken from."""
 
 
@@ -64,55 +70,64 @@ def rounded(checkpoint: Checkpoint, form: str) -> Checkpoint:
         for name in checkpoint.tensors}))
 
 
-def with_thresholds(checkpoint: Checkpoint, thresholds: Mapping[str, float]) -> Checkpoint:
-    def stored(name: str) -> Stored:
-        weight = checkpoint.tensors[name]
-        if name not in thresholds:
-            return weight
-        return InputSparse(weight, np.full(weight.shape[1], thresholds[name], np.float32))
+class Sparse:
+    """A model whose thresholds change without its weights being packed anew."""
 
-    return replace(checkpoint, files=(), tensors=LazyTensors({
-        name: (lambda name=name: stored(name)) for name in checkpoint.tensors}))
+    def __init__(self, checkpoint: Checkpoint, layers: int, threads: int) -> None:
+        zeros = {f"model.layers.{i}.{name}.weight" for i in range(layers) for names in SITES.values() for name in names}
+
+        def stored(name: str) -> Stored:
+            weight = checkpoint.tensors[name]
+            return InputSparse(weight, np.zeros(weight.shape[1], np.float32)) if name in zeros else weight
+
+        self.plan = for_context(plan_of(replace(checkpoint, tensors=LazyTensors({
+            name: (lambda name=name: stored(name)) for name in checkpoint.tensors}))), CONTEXT)
+        recipes, names = recipes_of(self.plan)
+        self.packed, self.threads = pack_all(recipes, key=None), threads
+        self.keys = {linear.key: names[id(linear.weight)] for linear in linears_of(self.plan)}
+        self.shapes = [shapes_in(layer) for layer in self.plan.layers]
+
+    def session(self, thresholds: Mapping[str, float]) -> Any:
+        def changed(linear: Linear) -> Linear:
+            weight = linear.weight
+            if not isinstance(weight, InputSparse):
+                return linear
+            limit = np.full(weight.shape[1], thresholds.get(linear.name, 0.0), np.float32)
+            return replace(linear, weight=InputSparse(weight.weight, limit))
+
+        plan = plan_with(self.plan, changed)
+        names = {id(linear.weight): self.keys[linear.key] for linear in linears_of(plan)}
+        return _core.Session(build_model(plan, self.packed, names), default_kv(plan), CONTEXT, 1, self.threads, 256)
 
 
-def calibrated(checkpoint: Checkpoint, ids: NDArray[np.int32], share: float, layers: int,
-               **options: Any) -> LanguageModel:
-    """The model that decodes with a share of every linear's inputs unread.
-
-    Layer by layer, from what the layers before it give once they decode so: a random model has nothing that would pull
-    it back to what a dense pass reads.
-    """
-    thresholds = {f"model.layers.{i}.{name}.weight": 0.0 for i in range(layers) for names in SITES.values()
-                  for name in names}
+def calibrated(model: Sparse, ids: NDArray[np.int32], share: float) -> Any:
+    """The session that decodes with a share of every linear's inputs unread, from what it reads once it decodes so:
+    a random model has nothing that would pull it back to what a dense pass reads."""
+    thresholds: dict[str, float] = {}
     for _ in range(3):
-        model = model_of(with_thresholds(checkpoint, thresholds), **options)
-        session = model.session
+        session = model.session(thresholds)
         session.prefill(0, ids[:PROMPT])
         session.decoding = True
         session.set_capture(True)
         seen: dict[tuple[int, str], list[NDArray[np.float32]]] = {}
         for token in ids[PROMPT:PROMPT + CALIBRATED]:
             session.begin(np.array([token], np.int32), np.zeros(1, np.int32))
-            for layer in range(layers):
+            for layer in range(len(model.shapes)):
                 session.run_layers(layer, layer + 1)
                 for site in SITES:
                     seen.setdefault((layer, site), []).append(np.abs(session.captured(site)))
-        session.set_capture(False)
-        session.decoding = False
         for (layer, site), values in seen.items():
             limit = float(np.quantile(np.concatenate(values), share))
-            for name in SITES[site]:
-                thresholds[f"model.layers.{layer}.{name}.weight"] = limit
-    return model_of(with_thresholds(checkpoint, thresholds), **options)
+            thresholds |= {f"model.layers.{layer}.{name}.weight": limit for name in SITES[site]}
+    return model.session(thresholds)
 
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 Clock = Callable[[], float]
 
 
-def decode(model: LanguageModel, ids: NDArray[np.int32], tokens: int, clock: Clock) -> float:
+def decode(session: Any, ids: NDArray[np.int32], tokens: int, clock: Clock) -> float:
     """Tokens per second. The same tokens are fed to all: what a model would choose itself is no matter of speed."""
-    session = model.session
     session.truncate(0, 0)
     session.prefill(0, ids[:PROMPT])
     session.decoding = True
@@ -128,8 +143,7 @@ def decode(model: LanguageModel, ids: NDArray[np.int32], tokens: int, clock: Clo
     return tokens / seconds
 
 
-def prefill(model: LanguageModel, ids: NDArray[np.int32], tokens: int, clock: Clock) -> float:
-    session = model.session
+def prefill(session: Any, ids: NDArray[np.int32], tokens: int, clock: Clock) -> float:
     session.truncate(0, 0)
     started = clock()
     session.prefill(0, ids[:tokens])
@@ -156,11 +170,12 @@ def speed(options: argparse.Namespace) -> Report:
     quantities: list[Quantity] = []
     for form in options.formats.split(","):
         checkpoint = rounded(base, form)
-        common = {"threads": options.threads, "context": 640, "batch": 256, "cache": False}
         with collect_notices():
-            models = {"dense": model_of(checkpoint, **common)}
+            dense_model = model_of(checkpoint, threads=options.threads, context=CONTEXT, batch=256, cache=False)
+            sparse = Sparse(checkpoint, layers, options.threads)
+            models = {"dense": dense_model.session}
             for share in options.shares:
-                models[f"{share:g}"] = calibrated(checkpoint, ids, share, layers, **common)
+                models[f"{share:g}"] = calibrated(sparse, ids, share)
         results: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
         order = random.Random(0)
         for turn in range(options.rounds + 1):
@@ -171,18 +186,18 @@ def speed(options: argparse.Namespace) -> Report:
                         kept.append(value)
         dense = results["dense"]
         for name, (decoded, read) in results.items():
-            model = models[name]
-            decode(model, ids, 32, clock)
-            left = 1.0 if name == "dense" else model.inputs_read() or 0.0
+            decode(models[name], ids, 32, clock)
+            left = 1.0 if name == "dense" else read_share(models[name], sparse.shapes)
+            packed = (dense_model if name == "dense" else sparse).packed.nbytes
             cells: list[Any] = []
             for what, own, other in (("tg", decoded, dense[0]), ("pp256", read, dense[1])):
                 quantity, (middle, low, high) = ratio(f"{form}, {name}: {what} over dense", own, other)
                 cells += [round(statistics.median(own), 1), round(middle, 3), f"{low:.2f} to {high:.2f}"]
                 quantities.append(quantity)
             quantities.append(Quantity(f"{form}, {name}: share of the weights read", left, "share"))
-            quantities.append(Quantity(f"{form}, {name}: packed weights", model.packed.nbytes, "B"))
+            quantities.append(Quantity(f"{form}, {name}: packed weights", packed, "B"))
             rows.append((form, "dense" if name == "dense" else f"{name} unread", round(left, 3),
-                         round(model.packed.nbytes / 1e6, 1), *cells))
+                         round(packed / 1e6, 1), *cells))
             print(rows[-1], flush=True)
         models.clear()
     columns = ("weights", "inputs", "share read", "packed, MB", f"tg{options.tokens}", "over dense", "interval",
