@@ -111,6 +111,15 @@ void Session::multiply_slab(const Choosing& of, size_t slab, float* y, bool add,
                                                                  {y, w.rows, nullptr, true}, {});
 }
 
+// The beginning of a thread's first slab is fetched at once: nothing else asked for it.
+static void fetch_first(const PackedMatrix& w, size_t slab, const Chosen& x) {
+  constexpr size_t kScales = 1024, kInputs = 96;
+  const uint8_t* base = w.slab(slab);
+  const uint8_t* columns = base + w.format.slab_scales_nbytes(w.cols);
+  for (size_t line = 0; line < kScales; line += 64) __builtin_prefetch(base + line);
+  for (size_t i = 0; i < std::min(kInputs, 4 * x.quads()); ++i) __builtin_prefetch(columns + x.offset[i]);
+}
+
 // each(slab, next), where next is the slab after it or SIZE_MAX. One token: threads that are done take from others. Of
 // several tokens a thread takes the same slabs for each, so that nothing is waited for between them.
 template <class Each>
@@ -133,6 +142,10 @@ void Session::multiply_columns(size_t thread, const Choosing* of, const Work* wo
     for (; slab >= works[i].linear->weight.slabs(); ++i) slab -= works[i].linear->weight.slabs();
     return std::pair(i, slab);
   };
+  if (const auto [from, to] = Pool::stretch(total, thread, pool_.in_use()); from < to) {
+    const auto [i, slab] = at(from);
+    fetch_first(works[i].linear->weight, slab, of[i].chosen);
+  }
   each_slab(thread, total, [&](size_t item, size_t after) {
     const auto [i, slab] = at(item);
     const auto [next, next_slab] = after == SIZE_MAX ? std::pair<size_t, size_t>(0, 0) : at(after);
@@ -199,6 +212,8 @@ void Session::feed_columns(size_t index, size_t thread) {
       choose_inputs(thread, index, 5, {&layer.up}, t, Site::FeedForward, row, of + 1);
     mark(thread, Operator::GateUp);
     const size_t rows = layer.up.weight.format.slab_rows();
+    if (const auto [from, to] = Pool::stretch(layer.up.weight.slabs(), thread, pool_.in_use()); from < to)
+      fetch_first(layer.up.weight, from, of[1].chosen);
     each_slab(thread, layer.up.weight.slabs(), [&](size_t slab, size_t after) {
       float gates[512];  // rows of a slab
       float* up = ffn_.floats() + t * ffn_stride_ + slab * rows;

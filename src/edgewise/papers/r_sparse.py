@@ -180,8 +180,8 @@ def _linears(prepared: Prepared, dense: LanguageModel, windows: Ids, ablate: boo
 
 def _speed(prepared: Prepared, pure: Checkpoint, searched: Checkpoint, settings: Mapping[str, Any],
            ids: Ids) -> dict[str, float | None]:
-    """Decoding of as many tokens by each in turn, in another order each round; ratios are within rounds, of one thread's
-    processor time, which other processes distort least. All threads, by the clock: benchmarks/rsparse.py."""
+    """Decoding of as many tokens by each in turn, in another order each round; ratios are within rounds, of the
+    processor time of one thread, which other processes distort least. By the clock: benchmarks/rsparse.py."""
     tokens, rounds = settings["timed_tokens"], settings["rounds"]
     with collect_notices():
         models = {name: model_of(checkpoint, threads=1, context=tokens + 40, cache=False) for name, checkpoint in (
