@@ -153,14 +153,23 @@ def test_rows_of_a_sparse_weight_stay_sparse():
 
 def test_what_has_no_kernel_runs_as_floats_and_says_so():
     left, right = Dense(weights(RNG, 35, 8)), Dense(weights(RNG, 8, 512))
-    csr = Sparse("csr", np.zeros(35, np.int32), Dense(VALUES[:1, :35]), (35, 512), row_starts=np.arange(36))
-    dense = Sparse("n_m", np.zeros((35, 128), np.uint8), Dense(VALUES[:, :128]), (35, 512), n_m=(1, 4))
-    for weight in (stored(VALUES, "posit8_0/g32"), stored(VALUES, "int4/g8"), Factored(left, right), csr, dense):
+    for weight in (stored(VALUES, "posit8_0/g32"), stored(VALUES, "int4/g8"), Factored(left, right)):
         with collect_notices() as notices:
             matrix = pack_all({"w": recipe_of("layer.w", weight)}, key=None).matrices["w"]
         assert [(n.kind, n.where) for n in notices] == [("fallback", "layer.w")]
         assert "16-bit floats" in notices[0].message
         assert np.array_equal(rows_of(matrix), weight.dense().astype(np.float16).astype(np.float32))
+
+
+def test_kept_floats_run_among_their_zeros_as_they_are():
+    csr = Sparse("csr", np.zeros(35, np.int32), Dense(VALUES[:1, :35]), (35, 512), row_starts=np.arange(36))
+    dense = Sparse("n_m", np.zeros((35, 128), np.uint8), Dense(VALUES[:, :128]), (35, 512), n_m=(1, 4))
+    for weight in (csr, dense):
+        with collect_notices() as notices:
+            matrix = pack_all({"w": recipe_of("layer.w", weight)}, key=None).matrices["w"]
+        assert [(n.kind, n.where) for n in notices] == [("info", "layer.w")]
+        assert "among their zeros" in notices[0].message
+        assert np.array_equal(rows_of(matrix), weight.dense())
 
 
 def test_packed_sizes_are_those_of_the_codes():
