@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgewise.compress.lowrank.factored import LowRank, factors_of
+from edgewise.compress.prune.masks import Prune, by_magnitude, stored_of
 from edgewise.core.checkpoint import Step
-from edgewise.core.numbers import QuantFormat
+from edgewise.core.numbers import FP32, QuantFormat
 from edgewise.engine.archs import plan_of
 from edgewise.engine.build import linears_of
+from edgewise.engine.loading import recipes_of
 from edgewise.engine.packing import layout_of, recipe_of
 from edgewise.fit.candidates import LADDER, candidates_of, groups_of, items_of
 from edgewise.fit.rounding import quantised
@@ -42,6 +45,27 @@ def test_bytes_are_those_that_packing_takes():
         for candidate in candidates_of(group, FORMATS, None)[1:]:
             made = {name: quantised(group.weights[name], candidate.format) for name in candidate.replaced}
             assert set(made) == set(group.weights)
+            assert layout_of({name: recipe_of(name, each) for name, each in made.items()})[1] == candidate.packed_bytes
+            assert sum(each.nbytes for each in made.values()) == candidate.stored_bytes
+
+
+def test_bytes_of_factors_and_of_kept_values_are_those_that_packing_takes():
+    source = tiny_checkpoint(hidden=128, width=256)
+    tensors = dict(source.tensors)
+    for name, stored in source.tensors.items():
+        if "self_attn" in name and stored.shape[0] == 128:
+            tensors[name] = factors_of(stored.dense(), None, LowRank(0.8))
+        elif ".mlp." in name:
+            tensors[name] = stored_of(*by_magnitude(stored.dense(), Prune(pattern="2:4")), "2:4", FP32)
+    plan = plan_of(source.with_tensors(tensors, Step("shaped")))
+    items = items_of(plan)
+    names = [name for item in items for name in item.weights]
+    assert sorted(names) == sorted(recipes_of(plan)[0])
+    assert sum(name.endswith((".left", ".right")) for name in names) == 2 * 2 * 2
+    for item in items:
+        for candidate in candidates_of(item, FORMATS, None)[1:]:
+            made = {name: quantised(stored, candidate.format) if name in candidate.replaced else stored
+                    for name, stored in item.weights.items()}
             assert layout_of({name: recipe_of(name, each) for name, each in made.items()})[1] == candidate.packed_bytes
             assert sum(each.nbytes for each in made.values()) == candidate.stored_bytes
 

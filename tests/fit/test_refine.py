@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from edgewise.compress.lowrank.factored import LowRank, factors_of
+from edgewise.compress.prune.masks import Prune, by_magnitude, stored_of
+from edgewise.core.checkpoint import Step
 from edgewise.core.errors import collect_notices
-from edgewise.core.numbers import QuantFormat
+from edgewise.core.numbers import FP32, QuantFormat
 from edgewise.core.stats import InputStats
-from edgewise.core.storage import Dense
+from edgewise.core.storage import Dense, Factored
 from edgewise.engine.loading import model_of
 from edgewise.fit.refine import by_gptq
 from edgewise.fit.rounding import quantised
@@ -46,3 +49,22 @@ def test_a_model_that_no_walk_goes_through_is_left_and_said():
     with collect_notices() as notices:
         assert by_gptq(replace(source, tensors=doubled), {Q: INT3}, WINDOWS, 1) == {}
     assert any("GPTQ was not tried" in item.message for item in notices)
+
+
+def test_factors_and_kept_values_are_closer_than_rounded():
+    dense = tiny_checkpoint(hidden=128, width=256)
+    tensors = dict(dense.tensors)
+    tensors[Q] = factors_of(tensors[Q].dense(), None, LowRank(0.8))
+    tensors[DOWN] = stored_of(*by_magnitude(tensors[DOWN].dense(), Prune(pattern="2:4")), "2:4", FP32)
+    source = dense.with_tensors(tensors, Step("shaped"))
+    made = by_gptq(source, {f"{Q}.left": INT3, f"{Q}.right": INT3, DOWN: INT2}, WINDOWS, 1)
+    assert made.keys() == {f"{Q}.left", f"{Q}.right", DOWN}
+    assert np.array_equal(made[DOWN].index, tensors[DOWN].index)
+    model = model_of(source, threads=1, cache=False, kv="fp32", activations="float32")
+    stats = model.calibrate([list(map(int, ids)) for ids in WINDOWS], gram=True)
+    rounded = {Q: Factored(*(quantised(part, INT3) for part in (tensors[Q].left, tensors[Q].right))),
+               DOWN: quantised(tensors[DOWN], INT2)}
+    for name, mine in ((Q, Factored(made[f"{Q}.left"], made[f"{Q}.right"])), (DOWN, made[DOWN])):
+        costs = [np.einsum("oi,ij,oj->", gap, stats[name].gram, gap) for gap in (
+            each.dense().astype(np.float64) - tensors[name].dense() for each in (mine, rounded[name]))]
+        assert costs[0] < costs[1]

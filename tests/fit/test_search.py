@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from edgewise import load
+from edgewise.compress.lowrank.factored import LowRank, factors_of
+from edgewise.compress.prune.masks import Prune, by_magnitude, stored_of
 from edgewise.core.budget import Budget
+from edgewise.core.checkpoint import Step
 from edgewise.core.errors import BudgetError, InvalidValueError, UnsupportedError, collect_notices
+from edgewise.core.numbers import FP32
 from edgewise.core.report import Report
-from edgewise.core.storage import QuantizedTensor
+from edgewise.core.storage import Factored, QuantizedTensor, Sparse
 from edgewise.engine.loading import model_of
 from edgewise.fit import fit, search
 from edgewise.formats.folder import read_folder
@@ -249,3 +253,35 @@ def test_a_text_is_known_by_its_hash(tmp_path):
                      formats=FORMATS)
     assert "SHA-256" in result.report["text"]
     assert "text.txt" in result.report["text"]
+
+
+def shaped():
+    """Factored attention, and two of four weights elsewhere."""
+    source = tiny_checkpoint(hidden=128, width=256)
+    tensors = dict(source.tensors)
+    for name, stored in source.tensors.items():
+        if "self_attn.q_proj" in name or "o_proj" in name:
+            tensors[name] = factors_of(stored.dense(), None, LowRank(0.8))
+        elif ".mlp." in name:
+            tensors[name] = stored_of(*by_magnitude(stored.dense(), Prune(pattern="2:4")), "2:4", FP32)
+    return source.with_tensors(tensors, Step("shaped"))
+
+
+@pytest.mark.parametrize("methods", [("rtn",), ("rtn", "gptq")])
+def test_a_model_of_factors_and_kept_values_is_fitted_in_its_parts(methods, tmp_path):
+    source = shaped()
+    storage = source.nbytes * 15 // 100 + search.beside_bytes(source)
+    with collect_notices():
+        result = fit(source, Budget(storage_bytes=storage), text_from=LONG, threads=1, out=tmp_path / "out",
+                     methods=methods)
+    model = load(tmp_path / "out", threads=1)
+    assert result.report["storage_bytes"] <= storage
+    ids = IDS[:100]
+    assert np.array_equal(model.forward(ids), model_of(result.checkpoint, threads=1, cache=False).forward(ids))
+    product = result.checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"]
+    assert isinstance(product, Factored)
+    assert isinstance(product.left, QuantizedTensor)
+    kept = result.checkpoint.tensors["model.layers.0.mlp.down_proj.weight"]
+    assert isinstance(kept, Sparse)
+    assert isinstance(kept.values, QuantizedTensor)
+    assert np.array_equal(kept.index, source.tensors["model.layers.0.mlp.down_proj.weight"].index)

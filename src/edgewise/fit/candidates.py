@@ -1,9 +1,9 @@
 """Tensor groups of a model, and the number formats that each may take.
 
-An item is what the search gives a format of its own: one weight of one layer (the experts of a layer together), the
-embedding (with the head, where they are one table), the head. A group is what a sensitivity is measured of: the items
-of one class in a band of layers. A candidate is a format that has a kernel; it replaces only the weights that it makes
-smaller, so that a weight stored in few bits is never spread over more.
+An item is what the search gives a format of its own: one weight of one layer (the experts of a layer together, the two
+factors of a product together), the embedding (with the head, where they are one table), the head. A group is what a
+sensitivity is measured of: the items of one class in a band of layers. A candidate is a format that has a kernel; it
+replaces only the weights that it makes smaller, so that a weight stored in few bits is never spread over more.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import numpy as np
 from edgewise.core.errors import InvalidValueError
 from edgewise.core.numbers import QuantFormat
 from edgewise.core.storage import Stored
+from edgewise.engine.build import packed_parts
+from edgewise.engine.layouts import sparse_layout
 from edgewise.engine.packing import packed_nbytes, recipe_of
 from edgewise.engine.plan import Experts, Linear, Plan
+from edgewise.fit.rounding import is_sparse, of_kept
 
 __all__ = ["LADDER", "Candidate", "TensorGroup", "aligned", "candidates_of", "groups_of", "items_of"]
 
@@ -88,7 +91,8 @@ def items_of(plan: Plan) -> list[TensorGroup]:
 
 
 def _weights_of(plan: Plan) -> Iterator[tuple[str, int | None, str, Stored]]:
-    """(class, layer, name, weight) of every weight, once."""
+    """(class, layer, name, weight) of every weight, once; of one that runs as its parts, these."""
+    apart = packed_parts(plan)
     yield "embedding", None, plan.embedding.name, plan.embedding.weight
     for index, layer in enumerate(plan.layers):
         attention = layer.attention
@@ -104,7 +108,8 @@ def _weights_of(plan: Plan) -> Iterator[tuple[str, int | None, str, Stored]]:
                 parts.append(("gate", ffn.gate))
             parts += [("up", ffn.up), ("down", ffn.down)]
         for kind, linear in parts:
-            yield kind, index, linear.key, linear.weight
+            for part, stored in apart.get(id(linear.weight), (("", linear.weight),)):
+                yield kind, index, f"{linear.key}{part}", stored
     if plan.head is not None and plan.head.weight is not plan.embedding.weight:
         yield "head", None, plan.head.name, plan.head.weight
 
@@ -139,15 +144,29 @@ def _candidate(group: TensorGroup, fmt: QuantFormat) -> Candidate | None:
     replaced, packed, stored_bytes = [], 0, 0
     size = fmt.granularity.group
     for name, stored in group.weights.items():
-        before, after = recipe_of(name, stored).nbytes, packed_nbytes(fmt, stored.shape)
+        before, after = recipe_of(name, stored).nbytes, _packed_bytes(stored, fmt)
         part_of_another = name.endswith("]")  # rows of a tensor that several linears lie in stay as they are
         if after is not None and after < before and not part_of_another and (not size or stored.shape[1] % size == 0):
             replaced.append(name)
             packed += aligned(after)
-            stored_bytes += fmt.nbytes(stored.shape)
+            stored_bytes += _stored_bytes(stored, fmt)
         else:
             packed += aligned(before)
             stored_bytes += stored.nbytes
     if not replaced or packed > _WORTH * group.packed_bytes:
         return None
     return Candidate(fmt, tuple(replaced), packed, stored_bytes)
+
+
+def _packed_bytes(stored: Stored, fmt: QuantFormat) -> int | None:
+    """None where no kernel reads the weight in this format."""
+    if not is_sparse(stored):
+        return packed_nbytes(fmt, stored.shape)
+    layout = sparse_layout(of_kept(stored, fmt), stored.shape[1]) if stored.n_m in ((2, 4), (1, 2)) else None
+    return None if layout is None else int(layout.native.nbytes(*stored.shape))
+
+
+def _stored_bytes(stored: Stored, fmt: QuantFormat) -> int:
+    if not is_sparse(stored):
+        return fmt.nbytes(stored.shape)
+    return stored.nbytes - stored.values.nbytes + of_kept(stored, fmt).nbytes(stored.values.shape)

@@ -35,6 +35,7 @@ from edgewise.fit.candidates import LADDER, Candidate, TensorGroup, candidates_o
 from edgewise.fit.choose import Choice, Space, choose, context_limit, front_with_kv
 from edgewise.fit.refine import by_gptq
 from edgewise.fit.result import Measured, pareto_plot, report_of
+from edgewise.fit.rounding import with_parts
 from edgewise.fit.sensitivity import (
     SOURCE_KV,
     Bench,
@@ -60,13 +61,13 @@ TOKENS = {"quick": 512, "full": 1024}
 """That sensitivities are measured on."""
 CALIBRATED = {"quick": 8192, "full": 24576}
 """That GPTQ is calibrated on."""
-_BANDS = 5
+BANDS = 5
 """Of layers, which a quick search measures together; a full one measures every weight by itself."""
 _LEAST_CALIBRATED = 2048
 _TRIES = 6
 _NEAR = 0.85
 """Of the divergence that a quality allows: a result that uses less is tried to be made smaller, once."""
-_KVS = ("int8", "int4")
+KVS = ("int8", "int4")
 """KV formats beside the source's."""
 _SPEED_TOKENS = 48
 
@@ -101,7 +102,7 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         os.fspath(source), offline=offline, progress=progress)
     bench = Bench(checkpoint, threads=threads, progress=progress)
-    name, digest, ids = _ids(checkpoint, text_from, offline, progress)
+    name, digest, ids = ids_of(checkpoint, text_from, offline, progress)
     sample = sample_of(ids, context=context_limit(bench.plan), tokens=TOKENS[search],
                        calibrated=CALIBRATED[search] if "gptq" in methods else 0)
 
@@ -110,17 +111,17 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
     items = items_of(bench.plan)
     candidates = [candidates_of(item, ladder, None) for item in items]
     other = other_bytes(checkpoint)
-    _possible(bench, candidates, threads, other, budget, context)
+    possible(bench, candidates, threads, other, budget, context)
     importance = importance_of(checkpoint, sample, threads)
     reference = bench.reference(sample.search)
-    groups = items if search == "full" else groups_of(bench.plan, bands=_BANDS)
+    groups = items if search == "full" else groups_of(bench.plan, bands=BANDS)
     rates = rates_of(bench, reference, groups, importance, progress)
     kls = errors_of(items, candidates, rates, importance, threads, progress)
-    kvs = {SOURCE_KV: 0.0, **{kv: bench.kl(reference, kv=kv) for kv in _KVS}}
+    kvs = {SOURCE_KV: 0.0, **{kv: bench.kl(reference, kv=kv) for kv in KVS}}
     searched_s = time.perf_counter() - started
 
     space = Space(bench.plan, [front_of(candidates, kls, by) for by in ("packed", "stored")], kvs, threads, other)
-    fitted = _Fitted(checkpoint, bench, items, candidates, importance, budget, digest, search, reference, sample,
+    fitted = Fitted(checkpoint, bench, items, candidates, importance, budget, digest, search, reference, sample,
                      tuple(methods), progress)
     choice, result, before, after = _settle(fitted, space, sample, context, threads)
 
@@ -140,7 +141,7 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
     if broken := budget.check(report):
         raise BudgetError(f"{broken[0]}, though the choice was made for less; ask for a little less")
     if folder is not None:
-        _beside(folder, report)
+        beside(folder, report)
     return FitResult(result, report, folder)
 
 
@@ -158,17 +159,17 @@ def _check(budget: Budget, context: int | None, search: str, methods: Sequence[s
         raise InvalidValueError(f"search is {' or '.join(TOKENS)}; given {search!r}")
 
 
-def _possible(bench: Bench, candidates: Sequence[Sequence[Candidate]], threads: int, other_bytes: int, budget: Budget,
+def possible(bench: Bench, candidates: Sequence[Sequence[Candidate]], threads: int, other_bytes: int, budget: Budget,
               context: int | None) -> None:
     """An impossible memory or storage is an error before anything is measured."""
     zeros = [[0.0] * len(choices) for choices in candidates]
     fronts = [front_of(candidates, zeros, by) for by in ("packed", "stored")]
-    space = Space(bench.plan, fronts, dict.fromkeys((SOURCE_KV, *_KVS), 0.0), threads, other_bytes, measured=False)
+    space = Space(bench.plan, fronts, dict.fromkeys((SOURCE_KV, *KVS), 0.0), threads, other_bytes, measured=False)
     with collect_notices():  # they are given when the choice is made
         choose(space, budget, context)
 
 
-def _ids(checkpoint: Checkpoint, text_from: str | Sequence[int], offline: bool | None,
+def ids_of(checkpoint: Checkpoint, text_from: str | Sequence[int], offline: bool | None,
          progress: Progress | None) -> tuple[str, str, NDArray[np.int32]]:
     """(name, SHA-256, token ids) of the text."""
     if not isinstance(text_from, str):
@@ -184,14 +185,20 @@ def _ids(checkpoint: Checkpoint, text_from: str | Sequence[int], offline: bool |
 def other_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of a folder besides the weights that take formats: other tensors, tokenizer, configuration, reports."""
     weights = {name.partition("[")[0] for item in items_of(plan_of(checkpoint)) for name in item.weights}
+    weights |= {name.removesuffix(".left").removesuffix(".right") for name in weights}
     tensors = sum(checkpoint.tensors[name].nbytes for name in checkpoint.tensors if name not in weights)
+    return tensors + beside_bytes(checkpoint)
+
+
+def beside_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of a folder besides all tensors."""
     tokenizer = checkpoint.metadata.get("tokenizer", b"")
     size = len(tokenizer) if isinstance(tokenizer, bytes) else len(json.dumps(tokenizer, default=str))
-    return tensors + size + 1200 * len(checkpoint.tensors) + 50_000
+    return size + 1200 * len(checkpoint.tensors) + 50_000
 
 
 @dataclass(eq=False)
-class _Fitted:
+class Fitted:
     """Makes the checkpoint of a choice. said: by the picks of what was made, the divergence that each method gave."""
 
     source: Checkpoint
@@ -254,8 +261,10 @@ class _Fitted:
 
 def _exchanged(source: Checkpoint, changed: Mapping[str, Stored]) -> LazyTensors:
     tensors = source.tensors
+    owners = {name if name in tensors else name.rpartition(".")[0] for name in changed}
     makers: dict[str, Callable[[], Stored]] = {
-        name: (lambda name=name: changed[name] if name in changed else tensors[name])  # type: ignore[misc]
+        name: (lambda name=name: with_parts(name, tensors[name], changed) if name in owners  # type: ignore[misc]
+               else tensors[name])
         for name in tensors}
     return LazyTensors(makers)
 
@@ -266,7 +275,7 @@ def _version() -> str:
     return __version__
 
 
-def _settle(fitted: _Fitted, space: Space, sample: Sample, context: int | None,
+def _settle(fitted: Fitted, space: Space, sample: Sample, context: int | None,
             threads: int) -> tuple[Choice, Checkpoint, Measured, Measured]:
     """Choose, build and measure; where a quality is asked for and not reached, choose again with more care."""
     budget = fitted.budget
@@ -308,7 +317,7 @@ def _settle(fitted: _Fitted, space: Space, sample: Sample, context: int | None,
                       "give more memory or storage, or ask for less quality")
 
 
-def _measured(source: LanguageModel, model: LanguageModel, fitted: _Fitted, choice: Choice,
+def _measured(source: LanguageModel, model: LanguageModel, fitted: Fitted, choice: Choice,
               sample: Sample) -> tuple[Measured, Measured]:
     """Both models on the windows of the check, then in turns at decoding."""
     kls, same, losses = [], [], ([], [])  # type: ignore[var-annotated]
@@ -323,7 +332,7 @@ def _measured(source: LanguageModel, model: LanguageModel, fitted: _Fitted, choi
             loss.append((total[:-1] - rows[np.arange(len(ids) - 1), ids[1:]]).astype(np.float64))
     kl = np.concatenate(kls)
     perplexities = [math.exp(float(np.concatenate(loss).mean())) for loss in losses]
-    speeds = _speeds((source, model), sample.check[0], choice.context)
+    speeds = speeds_of((source, model), sample.check[0], choice.context)
     allocation = choice.allocation
     stored = sum(group.stored_bytes for group in fitted.items)
     parameters = sum(group.parameters for group in fitted.items)
@@ -337,7 +346,7 @@ def _measured(source: LanguageModel, model: LanguageModel, fitted: _Fitted, choi
                  float(np.concatenate(same).mean())))
 
 
-def _speeds(models: Sequence[LanguageModel], ids: NDArray[np.int32], context: int) -> list[float]:
+def speeds_of(models: Sequence[LanguageModel], ids: NDArray[np.int32], context: int) -> list[float]:
     """Tokens per second of greedy decoding: the best of three turns of each model, taken alternately."""
     tokens = min(_SPEED_TOKENS, context // 2)
     prompt = [int(i) for i in ids[:min(32, context // 2)]]
@@ -353,7 +362,7 @@ def _speeds(models: Sequence[LanguageModel], ids: NDArray[np.int32], context: in
     return best
 
 
-def _beside(folder: Path, report: Report) -> None:
+def beside(folder: Path, report: Report) -> None:
     """The report and its plot, next to the model."""
     for name, content in (("fit.json", json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"),
                           ("fit.svg", pareto_plot(report))):

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.errors import InvalidValueError, UnsupportedError, notice
 from edgewise.core.numbers import QuantFormat
-from edgewise.core.storage import QuantizedTensor, rows_of
+from edgewise.core.storage import Factored, QuantizedTensor, Sparse, rows_of
 from edgewise.engine.archs import plan_of
 from edgewise.engine.build import build_model, linears_of
-from edgewise.engine.loading import model_of
-from edgewise.engine.packing import pack_all, pack_one, recipe_of, unique
+from edgewise.engine.loading import model_of, recipes_of
+from edgewise.engine.packing import layout_of, pack_all, pack_one, recipe_of
 from edgewise.engine.plan import Linear, layer_with
 from edgewise.fit.candidates import Candidate, TensorGroup, candidates_of
-from edgewise.fit.rounding import quantised, rounded_values
+from edgewise.fit.rounding import every_row_of, quantised
 from edgewise.formats.cache import files_key
 from edgewise.native import _core  # type: ignore[attr-defined]
 
@@ -146,6 +146,12 @@ def importance_of(checkpoint: Checkpoint, sample: Sample, threads: int) -> dict[
     plan = plan_of(checkpoint)
     if plan.head is not None:
         squares[plan.head.name] = np.square(states, dtype=np.float64).mean(axis=0)
+    for linear in linears_of(plan):
+        if isinstance(linear.weight, Factored) and linear.name in squares:
+            squares[f"{linear.key}.right"] = squares[linear.name]
+            # What lies between the factors, as if the inputs were not correlated.
+            squares[f"{linear.key}.left"] = np.square(linear.weight.right.dense(), dtype=np.float64) @ squares[
+                linear.name]
     # An input that the sample never used still counts for something.
     return {name: (square + 1e-3 * square.mean() + 1e-30).astype(np.float32) for name, square in squares.items()}
 
@@ -170,9 +176,8 @@ class Bench:
                 f"{checkpoint.source}: fit compares predictions of the next token, and {checkpoint.arch} is an "
                 f"{self.plan.kind}; load it with a format instead, such as load(source, format='int8/g32')")
         self.threads, self.kv = threads, kv
-        weights = unique((linear.name, linear.weight) for linear in linears_of(self.plan))
-        self._names = {id(stored): name for name, stored in weights.items()}
-        recipes = {name: recipe_of(name, stored) for name, stored in weights.items()}
+        recipes, self._names = recipes_of(self.plan)
+        self.weights_bytes = layout_of(recipes)[1]
         key = files_key(checkpoint.files) if checkpoint.files else None
         self._packed = pack_all(recipes, key=key, progress=progress)
 
@@ -182,7 +187,8 @@ class Bench:
         matrices = {**self._packed.matrices, **changed}
         # As when it is loaded: a quantised weight takes its inputs in 8 bits.
         def running(linear: Linear) -> Linear:
-            return replace(linear, activation="int8") if linear.name in changed else linear
+            own = {linear.key, f"{linear.key}.left", f"{linear.key}.right"}
+            return replace(linear, activation="int8") if own & changed.keys() else linear
 
         plan = self.plan
         plan = replace(plan, layers=tuple(layer_with(layer, running) for layer in plan.layers),
@@ -196,7 +202,8 @@ class Bench:
         return {name: pack_one(recipe_of(name, self.rounded(group, name, candidate, importance)))
                 for name in candidate.replaced}
 
-    def rounded(self, group: TensorGroup, name: str, candidate: Candidate, importance: Importance) -> QuantizedTensor:
+    def rounded(self, group: TensorGroup, name: str, candidate: Candidate,
+                importance: Importance) -> QuantizedTensor | Sparse:
         """One weight of a group in the candidate's format."""
         assert candidate.format is not None
         return quantised(group.weights[name], candidate.format, importance=importance.get(name), threads=self.threads)
@@ -252,7 +259,7 @@ def _rate(bench: Bench, reference: Reference, group: TensorGroup, importance: Im
         for weight in candidates[1].replaced:
             made = bench.rounded(group, weight, candidates[1], importance)
             source = rows_of(group.weights[weight], slice(None))
-            error += sum(_squared(made.rows(start, start + _CHUNK_ROWS).dense()
+            error += sum(_squared(rows_of(made, slice(start, start + _CHUNK_ROWS)).dense()
                                   - rows_of(source, slice(start, start + _CHUNK_ROWS)).dense(), importance.get(weight))
                          for start in range(0, source.shape[0], _CHUNK_ROWS))
             changed[weight] = pack_one(recipe_of(weight, made))
@@ -270,12 +277,13 @@ def errors_of(items: Sequence[TensorGroup], candidates: Sequence[Sequence[Candid
             rate = rates.get(name, 0.0)
             if not rate > 0:
                 continue
-            values = np.ascontiguousarray(stored.dense()[::max(1, stored.shape[0] // _ERROR_ROWS)])
+            some = every_row_of(stored, max(1, stored.shape[0] // _ERROR_ROWS))
+            values = some.dense()
             share = rate * stored.shape[0] / len(values)
             for place, candidate in enumerate(choices):
                 if name in candidate.replaced:
                     assert candidate.format is not None
-                    made = rounded_values(values, candidate.format, importance.get(name))
+                    made = quantised(some, candidate.format, importance=importance.get(name))
                     row[place] += share * _squared(made.dense() - values, importance.get(name))
         return row
 
