@@ -43,7 +43,7 @@ from edgewise.formats.cache import write_aside
 from edgewise.formats.folder import read_folder
 from edgewise.formats.folder_writer import write_folder
 
-__all__ = ["Block", "Change", "Group", "StatsSource", "blocks_of", "walk"]
+__all__ = ["Block", "Change", "Finished", "Group", "StatsSource", "blocks_of", "walk"]
 
 Progress = Callable[[str, int, int], None]
 Change = Callable[["Group", Mapping[str, Stored], InputStats | None], Mapping[str, Stored]]
@@ -198,7 +198,7 @@ def walk(checkpoint: Checkpoint, change: Change, source: StatsSource | None = No
     chosen = range(len(every)) if blocks is None else sorted(set(blocks))
     if any(not 0 <= index < len(every) for index in chosen):
         raise InvalidValueError(f"blocks are 0 to {len(every) - 1}; given {list(chosen)}")
-    kept = _State(state, checkpoint, step, key) if state is not None else None
+    kept = Finished(state, checkpoint, step, key) if state is not None else None
     total, done = sum(len(every[index].groups) for index in chosen), 0
     replaced: dict[str, Stored] = {}
     for block in every[:max(chosen, default=-1) + 1]:
@@ -261,8 +261,9 @@ class _Overlay(Mapping[str, Stored]):
         self.changed = {**self.changed, **made}
 
 
-class _State:
-    """Finished blocks in a folder, each a model folder of the tensors it changed."""
+class Finished:
+    """Finished blocks in a folder, each a model folder of the tensors it changed. A folder of another run is refused:
+    of another step or key, as for `walk`, or of another checkpoint."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, step: Step, key: str) -> None:
         self._folder, self._arch = Path(folder), checkpoint.arch
@@ -284,14 +285,20 @@ class _State:
     def _of(self, block: Block) -> Path:
         return self._folder / f"block-{block.index:04d}"
 
-    def save(self, block: Block, tensors: Mapping[str, Stored]) -> None:
+    def save(self, block: Block, tensors: Mapping[str, Stored], note: Mapping[str, Any] | None = None) -> None:
+        """note: plain data to be had again by `note`."""
         target = self._of(block)
         if target.exists():
             shutil.rmtree(target)
-        write_folder(Checkpoint(self._arch, {}, dict(tensors)), target)
+        write_folder(Checkpoint(self._arch, dict(note or {}), dict(tensors)), target)
 
     def load(self, block: Block) -> dict[str, Stored] | None:
+        """The tensors, lazily; None of a block that is not finished."""
         if not self._of(block).is_dir():
             return None
         tensors = read_folder(self._of(block)).tensors
         return {name: tensors[name] for name in tensors}
+
+    def note(self, block: Block) -> dict[str, Any]:
+        """Of a finished block."""
+        return dict(read_folder(self._of(block)).config)

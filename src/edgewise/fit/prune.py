@@ -81,7 +81,7 @@ def pruned(checkpoint: Checkpoint, row: Method, config: Any, sample: Calibration
     """The checkpoint as a method makes it. state: a folder for what is done, which the result may read from."""
     function = row.call()
     if row.format == "cut":
-        made: Checkpoint = function(checkpoint, sample, config, threads=threads, progress=progress)
+        made: Checkpoint = function(checkpoint, sample, config, threads=threads, state=state, progress=progress)
         return made
     from edgewise import __version__
 

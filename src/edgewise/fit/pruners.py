@@ -1,7 +1,8 @@
 """The table of pruning methods: what `edgewise prune --method` may name.
 
 kind mask: a function of its settings -> Change of compress.walk; zeros in weights of their old shape.
-kind cut: (checkpoint, sample, settings, *, threads, progress) -> Checkpoint of smaller shapes, whatever it needs.
+kind cut: (checkpoint, sample, settings, *, threads, state, progress) -> Checkpoint of smaller shapes, whatever it needs.
+state is a folder for what is done; modegpt, which takes minutes, goes on from it, the others begin anew.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,7 @@ class Blocks:
 
 
 def units_by_norm(checkpoint: Checkpoint, sample: Calibration, config: Units, *, threads: int,
-                  progress: Progress | None = None) -> Checkpoint:
+                  state: Path | None = None, progress: Progress | None = None) -> Checkpoint:
     """Heads and neurons of the least 2-norm go."""
     decoder = decoder_of(checkpoint)
     scores = {name: norms_of(checkpoint, group) for name, group in groups_of(checkpoint, decoder).items()
@@ -56,7 +58,7 @@ def units_by_norm(checkpoint: Checkpoint, sample: Calibration, config: Units, *,
 
 
 def units_by_taylor(checkpoint: Checkpoint, sample: Calibration, config: Units, *, threads: int,
-                    progress: Progress | None = None) -> Checkpoint:
+                    state: Path | None = None, progress: Progress | None = None) -> Checkpoint:
     """LLM-Pruner: heads and neurons of the least first-order importance go."""
     from edgewise.train.taylor import importance_of
 
@@ -66,18 +68,18 @@ def units_by_taylor(checkpoint: Checkpoint, sample: Calibration, config: Units, 
 
 
 def blocks_by_influence(checkpoint: Checkpoint, sample: Calibration, config: Blocks, *, threads: int,
-                        progress: Progress | None = None) -> Checkpoint:
+                        state: Path | None = None, progress: Progress | None = None) -> Checkpoint:
     """ShortGPT: the layers that turn the states least go."""
     influence = block_influence(checkpoint, sample, threads=threads, progress=progress)
     return cut(checkpoint, blocks_kept(influence, config.sparsity), step=_step("shortgpt", config, sample))
 
 
 def decomposed(checkpoint: Checkpoint, sample: Calibration, config: ModeGpt, *, threads: int,
-               progress: Progress | None = None) -> Checkpoint:
+               state: Path | None = None, progress: Progress | None = None) -> Checkpoint:
     """MoDeGPT: neurons, and dimensions of heads, with the least error of what a pair of matrices gives."""
     made, cuts = shrink(checkpoint, config, lambda gram: EngineStats(
         checkpoint, list(sample.windows), gram=gram, threads=threads), step=_step("modegpt", config, sample),
-        progress=progress)
+        state=state, key=f"{sample.sha256} {sample.windows.shape}", progress=progress)
     worst = max(range(len(cuts)), key=lambda index: cuts[index].feed_forward_error)
     notice("info", f"on the calibration text a feed-forward gives what it gave but for "
            f"{100 * np.mean([cut.feed_forward_error for cut in cuts]):.0f} %, at most "

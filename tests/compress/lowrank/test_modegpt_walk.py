@@ -143,6 +143,44 @@ def test_halves_stay_halves_and_a_folder_holds_them(tmp_path):
     np.testing.assert_array_equal(logits(back), logits(made))
 
 
+@pytest.mark.parametrize("after", ["influence", "decomposing"])
+def test_a_killed_run_goes_on_where_it_was(after, tmp_path):
+    """What is finished is not asked for again, and what comes out is what an undisturbed run gives."""
+    class Killed(Exception):
+        pass
+
+    asked = []
+
+    class Counting(EngineStats):
+        def stats(self, block, group, tensors):
+            asked.append((block.index, group.site))
+            return super().stats(block, group, tensors)
+
+    def until(title, done, total):
+        if title.startswith(after) and done == 2:
+            raise Killed
+
+    def sources(gram):
+        return Counting(BASE, IDS, gram=gram, threads=1)
+
+    state = tmp_path / "state"
+    with pytest.raises(Killed):
+        shrink(BASE, CONFIG, sources, state=state, key="text", progress=until)
+    asked.clear()
+    going_on = []
+    made, cuts = shrink(BASE, CONFIG, sources, state=state, key="text", progress=lambda *what: going_on.append(what[0]))
+    if after == "decomposing":
+        assert {index for index, _ in asked} == {2}
+        assert not any("influence" in title for title in going_on)
+    whole, expected = shrink(BASE, CONFIG, sources_of(BASE))
+    assert cuts == expected
+    assert made.config == whole.config
+    for name in whole.tensors:
+        np.testing.assert_array_equal(made.tensors[name].dense(), whole.tensors[name].dense())
+    with pytest.raises(InvalidValueError, match="state of another run"):
+        shrink(BASE, CONFIG, sources, state=state, key="another text")
+
+
 def test_what_does_not_fit_is_refused():
     made, _ = shrink(BASE, CONFIG, sources_of(BASE))
     with pytest.raises(UnsupportedError, match="unequal shapes already"):

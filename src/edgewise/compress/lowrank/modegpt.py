@@ -162,11 +162,12 @@ def feed_forward(down: Array, gram: Array, keep: int, config: ModeGpt = ModeGpt(
         kept = top(np.linalg.norm(down, axis=0) * np.sqrt(np.diag(gram)), keep)
     else:
         kept = np.sort(np.random.default_rng([config.seed, layer]).permutation(width)[:keep])
-    mixture = nystroem(gram, kept) if config.reconstruct else np.eye(width)[kept]
-    rest = down @ (np.eye(width) - mixture.T @ np.eye(width)[kept])  # what a dropped neuron's part still lacks
+    made = down @ nystroem(gram, kept).T if config.reconstruct else down[:, kept]
+    rest = down.copy()  # what the kept neurons do not say of the others
+    rest[:, kept] -= made
     whole = float(np.einsum("ij,ij->", down @ gram, down))
     lost = float(np.einsum("ij,ij->", rest @ gram, rest))
-    return FeedForward(kept, down @ mixture.T, float(np.sqrt(max(lost, 0.0) / max(whole, 1e-300))))
+    return FeedForward(kept, made, float(np.sqrt(max(lost, 0.0) / max(whole, 1e-300))))
 
 
 # ---- II: query and key ----------------------------------------------------------------------------------------------

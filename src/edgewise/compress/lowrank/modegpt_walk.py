@@ -4,13 +4,15 @@
 
 sources(gram) gives a StatsSource that also has the states between blocks, `hidden`; engine.calibrate.EngineStats is
 one. It is asked for once without Gram matrices, for the influence of layers, and once with. One layer's matrices are in
-memory at a time. What is kept of weights in blocks or codes is written as 16-bit floats: a quantisation comes after.
+memory at a time. With a state folder a killed run goes on after the last layer that it finished. What is kept of weights in blocks or codes is written as 16-bit floats: a quantisation comes after.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,13 +30,14 @@ from edgewise.compress.lowrank.modegpt import (
     value_output,
     with_ones,
 )
-from edgewise.compress.walk import Block, Group, StatsSource, blocks_of
+from edgewise.compress.walk import Block, Finished, Group, StatsSource, blocks_of
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import InvalidValueError, UnsupportedError
 from edgewise.core.numbers import BF16, FP16, FP32, NumberFormat, float32_to_bf16
 from edgewise.core.shapes import LayerShape, config_with_shapes, shapes_of
 from edgewise.core.stats import InputStats
 from edgewise.core.storage import Dense, Stored
+from edgewise.formats.cache import write_aside
 
 __all__ = ["Cut", "StatesSource", "shrink"]
 
@@ -63,13 +66,21 @@ class Cut:
 
 
 def shrink(checkpoint: Checkpoint, config: ModeGpt, sources: Callable[[bool], StatesSource], *,
-           step: Step | None = None, progress: Progress | None = None) -> tuple[Checkpoint, tuple[Cut, ...]]:
-    """The checkpoint with smaller layers, and what was done to each. Raises UnsupportedError for models of other parts:
-    layers that differ already, weights that hold several linears, experts, norms of queries and keys."""
+           step: Step | None = None, state: Path | None = None, key: str = "", progress: Progress | None = None
+           ) -> tuple[Checkpoint, tuple[Cut, ...]]:
+    """The checkpoint with smaller layers, and what was done to each.
+
+    state, key: as for `compress.walk.walk`; the result reads its tensors from the folder. Raises UnsupportedError for
+    models of other parts: layers that differ already, weights that hold several linears, experts, norms of queries and
+    keys.
+    """
+    step = step or Step("modegpt", asdict(config))
     blocks = blocks_of(checkpoint)
     heads, dense = _sizes(checkpoint, blocks, config)
-    influence = _influence(blocks, sources(False), progress) if config.allocation == "entropic" else np.zeros(
-        len(blocks))
+    kept = Finished(state, checkpoint, step, key) if state is not None else None
+    influence = np.zeros(len(blocks))
+    if config.allocation == "entropic":
+        influence = _kept_influence(state, lambda: _influence(blocks, sources(False), progress))
     phi = removed_shares(influence, config)
     sizes = sizes_of(dense, phi, config)
     source = sources(True)
@@ -79,18 +90,37 @@ def shrink(checkpoint: Checkpoint, config: ModeGpt, sources: Callable[[bool], St
         if progress is not None:
             progress(f"decomposing {block.name}", block.index, len(blocks))
         tensors = {name: checkpoint.tensors[name] for name in block.tensors}
-        seen = {group.site: _stats(source, block, group, tensors) for group in block.groups
-                if group.site in ("attention", "down")}
+        made = kept.load(block) if kept is not None else None
+        if kept is not None and made is not None:
+            said = kept.note(block)
+            shape, errors = LayerShape.from_json(said["shape"]), said["errors"]
+        else:
+            seen = {group.site: _stats(source, block, group, tensors) for group in block.groups
+                    if group.site in ("attention", "down")}
+            made, shape, errors = _decomposed(block, tensors, seen, heads, dense, size, config)
+            if kept is not None:
+                kept.save(block, made, {"shape": shape.to_json(), "errors": list(errors)})
+                made = kept.load(block) or {}
         source.leave(block, tensors)
-        made, shape, errors = _decomposed(block, tensors, seen, heads, dense, size, config)
         changed.update(made)
         cuts.append(Cut(float(own), float(share), shape, *errors))
     if progress is not None:
         progress("decomposing", len(blocks), len(blocks))
     shaped = config_with_shapes(checkpoint.config, [cut.shape for cut in cuts], dense.head_dim)
     tensors = {name: changed.get(name, checkpoint.tensors[name]) for name in checkpoint.tensors}
-    result = checkpoint.with_tensors(tensors, step or Step("modegpt", {"sparsity": config.sparsity}), **shaped)
-    return result, tuple(cuts)
+    return checkpoint.with_tensors(tensors, step, **shaped), tuple(cuts)
+
+
+def _kept_influence(state: Path | None, measured: Callable[[], Float64]) -> Float64:
+    """As an earlier run measured it, else measured and kept."""
+    path = None if state is None else state / "influence.json"
+    if path is not None and path.is_file():
+        return np.asarray(json.loads(path.read_text("utf-8")), np.float64)
+    found = measured()
+    if path is not None:
+        with write_aside(path) as file:
+            file.write(json.dumps(found.tolist()).encode())
+    return found
 
 
 def _sizes(checkpoint: Checkpoint, blocks: tuple[Block, ...], config: ModeGpt) -> tuple[Heads, Sizes]:
