@@ -1,8 +1,8 @@
 """The table of pruning methods: what `edgewise prune --method` may name.
 
 kind mask: a function of its settings -> Change of compress.walk; zeros in weights of their old shape.
-kind cut: (checkpoint, sample, settings, *, threads, state, progress) -> Checkpoint of smaller shapes, whatever it needs.
-state is a folder for what is done; modegpt, which takes minutes, goes on from it, the others begin anew.
+kind cut: (checkpoint, sample, settings, *, threads, state, progress) -> Checkpoint of smaller shapes, whatever it
+needs. state: a folder for what is done; modegpt, which takes minutes, goes on from it, the others begin anew.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     shrunk, cuts = shrink(checkpoint, ModeGpt(sparsity=0.3), sources)
 
 sources(gram) gives a StatsSource that also has the states between blocks, `hidden`; engine.calibrate.EngineStats is
-one. It is asked for once without Gram matrices, for the influence of layers, and once with. One layer's matrices are in
-memory at a time. With a state folder a killed run goes on after the last layer that it finished. What is kept of weights in blocks or codes is written as 16-bit floats: a quantisation comes after.
+one. It is asked for once without Gram matrices, for the influence of layers, and once with. One layer's matrices are
+in memory at a time. With a state folder a killed run goes on after the last layer that it finished. What is kept of
+weights in blocks or codes is written as 16-bit floats: a quantisation comes after.
 """
 
 from __future__ import annotations
