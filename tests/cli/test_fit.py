@@ -56,3 +56,32 @@ def test_unusable_options(source, tmp_path, words, message):
     done = run("fit", source, "--text", tmp_path / "text.txt", *words)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def test_a_search_over_pipelines(source, tmp_path):
+    pytest.importorskip("optuna")
+    memory = model_of(tiny_checkpoint(), threads=1, context=64).memory.total_bytes
+    words = ("fit", source, "--memory", memory, "--steps", "width,sparsity,bits", "--trials", 4, "--orders", 2,
+             "--seed", 3, "--methods", "rtn", "--context", 64, "--out", tmp_path / "out", "--text",
+             tmp_path / "text.txt", "--threads", 1, "--json")
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    values = {quantity["name"]: quantity["value"] for quantity in report["quantities"]}
+    assert values["trials"] == 4
+    assert values["seed"] == 3
+    assert values["memory_bytes"] <= memory
+    assert [table["title"] for table in report["tables"]][:2] == ["Before and after", "Steps of the chosen pipeline"]
+    answer = run("run", tmp_path / "out", "abc", "-n", 3, "--temperature", 0)
+    assert answer.exit_code == 0, answer.output
+    again = run(*words, "--resume")
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(("words", "message"), [(("--trials", 3), "--steps starts"), (("--resume",), "--steps starts"),
+                                                (("--steps", "height"), "steps are of"),
+                                                (("--steps", "bits", "--search", "full"), "of formats alone")])
+def test_unusable_searches(source, words, message):
+    done = run("fit", source, "--memory", "1MB", *words)
+    assert done.exit_code == 2
+    assert message in done.stderr.replace("\n", " ")

@@ -5,4 +5,4 @@ from __future__ import annotations
 from edgewise.core.front_door import front_door
 
 __all__, __getattr__ = front_door(__name__, {
-    "dispatch": "quantize", "methods": "METHODS method_of", "search": "FitResult fit"})
+    "composition": "compose", "dispatch": "quantize", "methods": "METHODS method_of", "search": "FitResult fit"})

@@ -95,7 +95,7 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
     what was chosen, and kept where it is closer to the source than rounding ("rtn").
     Raises BudgetError with the smallest budget that can be met, and what `load` raises.
     """
-    _check(budget, context, search, methods)
+    check_question(budget, context, search, methods)
     if out is not None:
         check_target(out, overwrite=overwrite)
     threads = threads or usable_cores().usable
@@ -141,11 +141,12 @@ def fit(source: str | os.PathLike[str] | Checkpoint, budget: Budget, *, out: str
     if broken := budget.check(report):
         raise BudgetError(f"{broken[0]}, though the choice was made for less; ask for a little less")
     if folder is not None:
-        beside(folder, report)
+        beside(folder, report, pareto_plot(report))
     return FitResult(result, report, folder)
 
 
-def _check(budget: Budget, context: int | None, search: str, methods: Sequence[str]) -> None:
+def check_question(budget: Budget, context: int | None, search: str, methods: Sequence[str]) -> None:
+    """Raises InvalidValueError for what cannot be asked."""
     if not methods or set(methods) - set(METHODS) or "rtn" not in methods:
         raise InvalidValueError(f"methods are rtn, or rtn and gptq; given {', '.join(methods) or 'none'}")
     used = {"memory_bytes", "storage_bytes", "quality"}
@@ -362,9 +363,9 @@ def speeds_of(models: Sequence[LanguageModel], ids: NDArray[np.int32], context: 
     return best
 
 
-def beside(folder: Path, report: Report) -> None:
+def beside(folder: Path, report: Report, plot: str) -> None:
     """The report and its plot, next to the model."""
     for name, content in (("fit.json", json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"),
-                          ("fit.svg", pareto_plot(report))):
+                          ("fit.svg", plot)):
         with write_aside(folder / name) as file:
             file.write(content.encode("utf-8"))
