@@ -16,6 +16,7 @@ import argparse
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,8 @@ def speed(options: argparse.Namespace) -> Report:
         order = random.Random(0)
         for turn in range(options.rounds + 1):
             for name in order.sample(list(models), len(models)):
-                found = decode(models[name], ids, options.tokens), prefill(models[name], ids, 256)
+                found = (decode(models[name].session, ids, options.tokens, time.perf_counter),
+                         prefill(models[name].session, ids, 256, time.perf_counter))
                 if turn:
                     for kept, value in zip(results[name], found, strict=True):
                         kept.append(value)
