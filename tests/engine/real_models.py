@@ -41,12 +41,13 @@ class RealModel:
         """The `tokens` most probable ids after `ids`, one by one; the end of the text is not looked at."""
         import torch
 
+        from edgewise.models.decoding import continued
+
         state, new, continuation = None, torch.tensor([list(ids)]), []
         with torch.no_grad():
             for _ in range(tokens):
-                result = self.torch_model(new, past_key_values=state, use_cache=True)
-                state = result.past_key_values
-                continuation.append(int(result.logits[0, -1].argmax()))
+                logits, state = continued(self.torch_model, new, state)
+                continuation.append(int(logits[0, -1].argmax()))
                 new = torch.tensor([[continuation[-1]]])
         return continuation
 

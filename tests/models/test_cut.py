@@ -45,14 +45,15 @@ def test_torch_agrees_with_the_engine_and_with_padding(tmp_path: Path) -> None:
 def test_a_first_layer_without_attention_counts_positions_all_the_same() -> None:
     import torch
 
+    from edgewise.models.decoding import continued
     from edgewise.models.loader import load
 
     checkpoint = cut_checkpoint((SHAPES[2], SHAPES[1], SHAPES[0]))
     model, ids = load(checkpoint), torch.from_numpy(TOKENS[None].astype(np.int64))
     with torch.no_grad():
         whole = model(ids).logits[0]
-        first = model(ids[:, :50], use_cache=True)
-        then = model(ids[:, 50:], past_key_values=first.past_key_values, use_cache=True).logits[0]
+        _, state = continued(model, ids[:, :50])
+        then = continued(model, ids[:, 50:], state)[0][0]
     np.testing.assert_allclose(whole.numpy(), _engine(checkpoint), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(then.numpy(), whole[50:].numpy(), rtol=1e-4, atol=1e-4)
 

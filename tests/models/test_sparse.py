@@ -14,6 +14,7 @@ from edgewise.core.numbers import QuantFormat  # noqa: E402
 from edgewise.engine.loading import model_of  # noqa: E402
 from edgewise.engine.r_sparse import quantize  # noqa: E402
 from edgewise.formats import write_folder  # noqa: E402
+from edgewise.models.decoding import continued  # noqa: E402
 from edgewise.models.sparse import decode_all  # noqa: E402
 from tiny_checkpoint import tiny_checkpoint  # noqa: E402
 
@@ -34,9 +35,8 @@ def test_a_folder_decodes_in_torch_as_in_the_engine(tmp_path):
             decoded = torch_model(batch).logits[0].numpy()
         steps, past = [], None
         for i in range(8):
-            out = torch_model(batch[:, i:i + 1], past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            steps.append(out.logits[0, 0].numpy())
+            logits, past = continued(torch_model, batch[:, i:i + 1], past)
+            steps.append(logits[0, 0].numpy())
     own_prompt = engine.forward(ids)
     engine.session.decoding = True
     own = engine.forward(ids)

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from edgewise.core.errors import UnsupportedError
 from edgewise.core.shapes import LayerShape
+from edgewise.models.decoding import CACHE_NAMES
 
 __all__ = ["cut"]
 
@@ -90,8 +91,7 @@ class _Cut(nn.Module):
     """The forward pass of an attention whose keys and values differ in width, and whose heads keep some pairs."""
 
     def forward(self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None,
-                attention_mask: Tensor | None = None, past_key_values: Any = None, **options: Any
-                ) -> tuple[Tensor, Tensor | None]:
+                attention_mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states: (batch, n, hidden) -> the same, and the weights of positions where these are made."""
         rows = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*rows, -1, self.head_dim)
@@ -105,8 +105,9 @@ class _Cut(nn.Module):
         groups = self.num_key_value_groups if self.places is not None else 1
         query = _turned(query, cosine.repeat_interleave(groups, 1), sine.repeat_interleave(groups, 1))
         key = _turned(key, cosine, sine)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        for cache in [options.pop(name, None) for name in CACHE_NAMES]:
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         made, weights = attend(self, query, key, value, attention_mask,
                                dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,

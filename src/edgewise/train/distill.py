@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from edgewise.core.checkpoint import Checkpoint, Step
 from edgewise.core.errors import InvalidValueError
+from edgewise.models.decoding import continued
 from edgewise.models.loader import checkpoint_of, load
 from edgewise.train.kept import Kept
 
@@ -142,9 +143,8 @@ def sampled(model: Any, prompts: Tensor, count: int, temperature: float, seed: i
     training = model.training
     model.eval()
     for _ in range(count):
-        out = model(fresh, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        chances = torch.softmax(out.logits[:, -1].float() / temperature, dim=-1)
+        logits, cache = continued(model, fresh, cache)
+        chances = torch.softmax(logits[:, -1].float() / temperature, dim=-1)
         fresh = torch.multinomial(chances, 1, generator=generator)
         tokens = torch.cat([tokens, fresh], dim=1)
     model.train(training)

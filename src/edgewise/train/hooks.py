@@ -26,6 +26,7 @@ from edgewise.compress.walk import Block, Group
 from edgewise.core.errors import InvalidValueError, UnsupportedError
 from edgewise.core.stats import InputGatherer, InputStats, Stats
 from edgewise.core.storage import Stored
+from edgewise.models.decoding import CACHE_NAMES
 from edgewise.models.static import layers_of
 
 __all__ = ["LayerInputs", "TorchStats", "gather", "inputs_of_layers"]
@@ -174,7 +175,7 @@ def inputs_of_layers(model: nn.Module, sequences: Iterable[Ids]) -> LayerInputs:
             if not first:
                 first.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
             caught.append({key: value for key, value in kwargs.items()
-                           if key not in ("hidden_states", "past_key_values", "use_cache", "cache_position")})
+                           if key not in ("hidden_states", *CACHE_NAMES, "use_cache", "cache_position")})
             if known or len(caught) == len(layers):
                 raise _EnoughError
 
