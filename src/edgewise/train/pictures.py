@@ -54,8 +54,11 @@ def learn(model: nn.Module, pictures: Tensor, kinds: Tensor, config: Epochs, *, 
 
     pictures: (n, channels, height, width); kinds: (n,). after_step(step, learning rate, optimiser) runs after each.
     """
+    # Convolutions of few channels are a quarter to a third faster with channels last, the same to rounding.
+    model.to(memory_format=torch.channels_last)
+    pictures = pictures.contiguous(memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum,
-                                weight_decay=config.weight_decay)
+                                weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     # What is left of a last batch of one picture has no variance to normalise by.
     starts = [start for start in range(0, len(pictures), config.batch) if len(pictures) - start > 1]
@@ -86,6 +89,7 @@ def learn(model: nn.Module, pictures: Tensor, kinds: Tensor, config: Epochs, *, 
                 if after_step is not None:
                     after_step(step, rate, optimiser)
             loss_of = float(np.mean(losses))
+    model.to(memory_format=torch.contiguous_format)
     model.eval()
     return loss_of
 
