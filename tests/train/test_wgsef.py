@@ -52,7 +52,7 @@ def test_norms_are_those_of_a_loop(data):
     level = next(level for level in unit_levels(model, units, 0.5) if level.name == "0")
     state = dict(model.named_parameters())
     for channel in range(6):
-        parts = [state["0.weight"][channel], state["1.weight"][channel], state["1.bias"][channel]]
+        parts = [state["1.weight"][channel], state["1.bias"][channel]]  # the filter is normalised
         squares = sum(float((part.detach() ** 2).sum()) for part in parts)
         assert norms_of(model, level)[channel] == pytest.approx(squares**0.5, rel=1e-6)
     for kind, loop in (("channel", lambda w, i: w[:, i]), ("shape", lambda w, i: w.flatten(1)[:, i]),
@@ -69,6 +69,28 @@ def test_entries_outside_of_every_group_are_left_alone():
     np.testing.assert_array_equal(_sums(tensors, level), [2, 2])
     _multiply(tensors, level, np.array([0.0, 0.5]))
     np.testing.assert_array_equal(tensors["w"], [[0, 0], [1, 1], [0.5, 0.5]])
+
+
+def test_a_filter_without_a_normalisation_is_in_its_group(data):
+    model = net(replace(NET, norm=False))
+    level = unit_levels(model, units_of(model, data[0][:1]), 0.5)[0]
+    assert set(level.labels) == {"0.weight", "0.bias"}
+    assert not level.hidden
+
+
+def test_normalised_filters_keep_their_size_or_become_zero(data):
+    """Shrunk with its scale, a filter would be turned ever further by the same learning rate."""
+    pictures, kinds = data
+    sizes = []
+    for penalty in ("wgsef", "none"):
+        model = net()
+        levels = unit_levels(model, units_of(model, pictures[:1]), 0.5)
+        train_wgsef(model, levels, pictures, kinds, replace(SHORT, penalty=penalty))
+        norms = model[0].weight.detach().flatten(1).norm(dim=1)
+        sizes.append(norms[norms > 0].numpy())
+        assert set(levels[0].hidden) == {"0.weight"}
+    assert len(sizes[0]) == 3
+    assert sizes[0].min() > 0.8 * sizes[1].min()
 
 
 def test_the_penalty_brings_each_layer_near_its_level_and_the_cut_is_exact(data):
@@ -102,7 +124,7 @@ def test_without_the_envelope_nothing_becomes_zero(penalty, data):
 def test_the_level_is_set_by_k_and_group_lasso_knows_none(data):
     pictures, kinds = data
     found = {}
-    for penalty, strength in (("wgsef", 1.0), ("group lasso", 1.0)):
+    for penalty, strength in (("wgsef", 4.0), ("group lasso", 1.0)):
         for share in (0.3, 0.6):
             model = net()
             levels = unit_levels(model, units_of(model, pictures[:1]), share)

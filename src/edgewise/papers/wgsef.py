@@ -243,9 +243,9 @@ def _claims() -> tuple[Claim, ...]:
     )
 
 
-_NETWORK = {"size": 32, "pictures": 1500, "held_out": 1000, "widths": [16, 32, 64], "epochs": 24, "plain": 0.2,
+_NETWORK = {"size": 32, "pictures": 1500, "held_out": 3000, "widths": [16, 32, 64], "epochs": 24, "plain": 0.2,
             "debias": 0.5, "batch": 64,
-            "learning_rate": 0.05, "share": 0.3, "strength": 0.3, "growth": 1.5, "lasso": 0.1, "repeats": 15}
+            "learning_rate": 0.05, "share": 0.3, "strength": 0.3, "growth": 2.0, "lasso": 0.1, "repeats": 15}
 _REGRESSION = {"groups": 50, "size": 4, "active": 5, "samples": 120, "iterations": 2000, "levels": [3, 5, 10],
                "strengths": [0.05, 0.2, 0.5, 1, 2, 5, 10]}
 RECIPE = Recipe(

@@ -10,9 +10,13 @@ Three stretches: plain training; proximal steps, lambda growing while a level ha
 where it has about k, or at the end of the stretch, training on with the k largest, the others zero (debias). A group is
 any set of weights, given by labels: filters with their normalisation, input channels, shapes, layers, single weights.
 
-Differs from the paper: the growth of lambda and the debias are ours, as its schedule is not public. Momentum of a group
-that has become zero is cleared. A half-space step leaves the k largest. No weight decay on
-grouped tensors: GS_k contains it.
+A filter that is normalised says the same at every size, and a smaller one is turned further by each step of the
+gradient: shrunk by the penalty for some epochs, it forgets what it had learnt, and its norm means nothing. So the group
+of such a channel is the scale and the shift of its normalisation, and the filter becomes zero with them, unshrunk.
+
+Differs from the paper: the growth of lambda and the debias are ours, as its schedule is not public, and so are groups
+that leave a normalised filter's size alone. Momentum of a group that has become zero is cleared. A half-space step
+leaves the k largest. No weight decay on grouped tensors: GS_k contains it.
 """
 
 from __future__ import annotations
@@ -41,13 +45,15 @@ Labels = NDArray[np.int64]
 class Level:
     """Groups of which at most k are not zero. labels: by tensor, the group of each entry, broadcast; -1 for none.
 
-    weights: d_j of each group; None for 1.
+    weights: d_j of each group; None for 1. hidden: tensors whose size a normalisation hides, labelled in the same way:
+    they become zero with their group and have no part in its norm.
     """
 
     name: str
     labels: Mapping[str, Labels]
     k: int
     weights: NDArray[np.float64] | None = None
+    hidden: Mapping[str, Labels] = field(default_factory=dict)
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,8 +102,11 @@ class Trained:
 
 def unit_levels(model: nn.Module, units: Sequence[Unit], share: float) -> list[Level]:
     """One level per unit of train/surgery.py: a group is a channel with all that makes it, so that what is zero can be
-    cut. share: of the channels that may stay; one at least."""
+    cut. Where all its filters are normalised, its norm is that of scale and shift. share: of the channels that may
+    stay; one at least."""
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    norms = {f"{name}.{side}" for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)
+             for side in ("weight", "bias")}
     levels = []
     for unit in units:
         labels: dict[str, Labels] = {}
@@ -107,7 +116,12 @@ def unit_levels(model: nn.Module, units: Sequence[Unit], share: float) -> list[L
                 made = np.full(shape[part.axis], -1, np.int64)
                 made[part.places] = part.channels
                 labels[part.tensor] = made.reshape([-1 if axis == part.axis else 1 for axis in range(len(shape))])
-        levels.append(Level(unit.name, labels, max(1, round(share * unit.size))))
+        seen = [name for name in labels if name in norms]
+        makers = [name for name in labels if name not in norms and name.endswith(".weight")]
+        if 2 * len(makers) != len(seen):  # some layer that makes the channels has no normalisation behind it
+            seen = list(labels)
+        levels.append(Level(unit.name, {name: labels[name] for name in seen}, max(1, round(share * unit.size)),
+                            hidden={name: values for name, values in labels.items() if name not in seen}))
     return levels
 
 
@@ -167,10 +181,11 @@ def _sums(tensors: Mapping[str, Tensor], level: Level) -> NDArray[np.float64]:
 
 
 def _multiply(tensors: Mapping[str, Tensor], level: Level, factors: NDArray[np.float64]) -> None:
-    outside = np.append(factors, 1.0)  # label -1
     with torch.no_grad():
-        for name, labels in level.labels.items():
-            tensors[name].mul_(torch.from_numpy(outside[labels]).to(tensors[name].dtype))
+        for labelled, by in ((level.labels, factors), (level.hidden, (factors > 0).astype(np.float64))):
+            outside = np.append(by, 1.0)  # label -1
+            for name, labels in labelled.items():
+                tensors[name].mul_(torch.from_numpy(outside[labels]).to(tensors[name].dtype))
 
 
 class _State:
@@ -249,7 +264,8 @@ class _State:
 
     def _shrink(self, level: Level, factors: NDArray[np.float64], optimiser: torch.optim.SGD) -> None:
         _multiply(self.parameters, level, factors)
-        buffers = {name: optimiser.state[self.parameters[name]].get("momentum_buffer") for name in level.labels}
+        buffers = {name: optimiser.state[self.parameters[name]].get("momentum_buffer")
+                   for name in (*level.labels, *level.hidden)}
         if all(buffer is not None for buffer in buffers.values()):
             _multiply(buffers, level, (factors > 0).astype(np.float64))
 
