@@ -312,6 +312,24 @@ def test_static_affine_broadcasts_per_channel():
         assert same_bits(y[row], StaticActivation(4, scale[row].item(), int(zero[row])).round(x[row].numpy()))
 
 
+@pytest.mark.parametrize("shape", [(), (3, 1), (1, 5)])
+def test_static_affine_has_the_gradients_of_its_steps(shape):
+    generator = torch.Generator().manual_seed(3)
+    x = (3 * torch.randn(2, 3, 5, generator=generator)).requires_grad_()
+    scale = (0.1 + torch.rand(shape, generator=generator)).requires_grad_()
+    zero = (4 * torch.rand(shape, generator=generator)).requires_grad_()
+    direction = torch.randn(2, 3, 5, generator=generator)
+
+    offset = round_ste(zero)
+    plain = ((round_ste(x / scale) + offset).clamp(0, 7) - offset) * scale
+    expected = torch.autograd.grad((plain * direction).sum(), [x, scale, zero])
+    made = static_affine(x, scale, zero, 0, 7)
+    found = torch.autograd.grad((made * direction).sum(), [x, scale, zero])
+    assert torch.equal(made, plain)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_each_token_has_its_own_range():
     x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 100.0])[:, None]
     for symmetric in (False, True):

@@ -17,13 +17,14 @@ A block is described by names without its prefix, as transformers and our tensor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from edgewise.core.errors import UnsupportedError
 
-__all__ = ["LINEARS", "NORMS", "BlockShape", "transformed"]
+__all__ = ["LINEARS", "NORMS", "BlockShape", "Factors", "factors_of", "transformed", "without_weights"]
 
 LINEARS = tuple(f"self_attn.{part}_proj" for part in "qkvo") + tuple(f"mlp.{part}_proj" for part in (
     "gate", "up", "down"))
@@ -66,31 +67,56 @@ class BlockShape:
         return torch.cat([by_head, by_head], dim=1).reshape(-1)
 
 
-def transformed(state: Mapping[str, Tensor], scales: Mapping[str, Tensor], shape: BlockShape) -> dict[str, Tensor]:
-    """The block's parameters under the scales of its pairs; pairs that are not named stay as they are."""
-    made = dict(state)
+@dataclass(frozen=True)
+class Factors:
+    """What becomes of a linear's weight: times `columns` (in,), then divided by `rows` (out,), where there are any."""
 
-    def divided(name: str, by: Tensor) -> None:  # rows and bias of a linear
-        made[f"{name}.weight"] = made[f"{name}.weight"] / by[:, None]
-        if f"{name}.bias" in made:
-            made[f"{name}.bias"] = made[f"{name}.bias"] / by
+    columns: Tensor | None = None
+    rows: Tensor | None = None
 
-    def multiplied(name: str, by: Tensor) -> None:
-        made[f"{name}.weight"] = made[f"{name}.weight"] * by
+    def weight(self, weight: Tensor) -> Tensor:
+        """(out, in) -> (out, in)."""
+        made = weight if self.columns is None else weight * self.columns
+        return made if self.rows is None else made / self.rows[:, None]
 
-    for pair, norm, readers in (("qkv", NORMS[0], LINEARS[:3]), ("fc1", NORMS[1], LINEARS[4:6])):
+    def bias(self, bias: Tensor) -> Tensor:
+        """(out,) -> (out,)."""
+        return bias if self.rows is None else bias / self.rows
+
+
+def factors_of(scales: Mapping[str, Tensor], shape: BlockShape) -> dict[str, Factors]:
+    """Of every linear, under the scales of its block's pairs; pairs that are not named change nothing."""
+    columns: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    for pair, readers in (("qkv", LINEARS[:3]), ("fc1", LINEARS[4:6])):
         if pair in scales:
-            made[f"{norm}.weight"] = made[f"{norm}.weight"] / scales[pair]
-            for name in readers:
-                multiplied(name, scales[pair])
+            columns |= dict.fromkeys(readers, scales[pair])
     if "out" in scales:
-        divided("self_attn.v_proj", scales["out"])
-        multiplied("self_attn.o_proj", shape.per_query(scales["out"]))
+        rows["self_attn.v_proj"] = scales["out"]
+        columns["self_attn.o_proj"] = shape.per_query(scales["out"])
     if "qk" in scales:
         both = shape.turned(scales["qk"])
-        divided("self_attn.q_proj", shape.per_query(both))
-        divided("self_attn.k_proj", 1 / both)
+        rows |= {"self_attn.q_proj": shape.per_query(both), "self_attn.k_proj": 1 / both}
     if "fc2" in scales:
-        divided("mlp.up_proj", scales["fc2"])
-        multiplied("mlp.down_proj", scales["fc2"])
+        rows["mlp.up_proj"] = columns["mlp.down_proj"] = scales["fc2"]
+    return {name: Factors(columns.get(name), rows.get(name)) for name in LINEARS}
+
+
+def without_weights(state: Mapping[str, Tensor], scales: Mapping[str, Tensor], shape: BlockShape,
+                    factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Norms and biases under the scales of the pairs; weights of linears are left out."""
+    made = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in LINEARS}
+    for name, change in factors.items():
+        if f"{name}.bias" in made:
+            made[f"{name}.bias"] = change.bias(made[f"{name}.bias"])
+    for pair, norm in (("qkv", NORMS[0]), ("fc1", NORMS[1])):
+        if pair in scales:
+            made[f"{norm}.weight"] = made[f"{norm}.weight"] / scales[pair]
     return made
+
+
+def transformed(state: Mapping[str, Tensor], scales: Mapping[str, Tensor], shape: BlockShape) -> dict[str, Tensor]:
+    """The block's parameters under the scales of its pairs; pairs that are not named stay as they are."""
+    factors = factors_of(scales, shape)
+    made = without_weights(state, scales, shape, factors)
+    return made | {f"{name}.weight": change.weight(state[f"{name}.weight"]) for name, change in factors.items()}

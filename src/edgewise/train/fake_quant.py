@@ -222,13 +222,39 @@ def per_token(x: Tensor, bits: int, *, symmetric: bool = False) -> Tensor:
                                         "none" if symmetric else "int"))
 
 
+class _Affine(torch.autograd.Function):
+    """static_affine with two passes of memory where autograd would keep and read a dozen copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        ctx.range = low, high
+        offset = zero.round()
+        return (x / scale).round_().add_(offset).clamp_(low, high).sub_(offset).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, scale, zero), gradient = ctx.saved_tensors, gradients[0]
+        offset, (low, high) = zero.round(), ctx.range
+        ratio = x / scale
+        free = ratio.round().add_(offset)
+        codes = free.clamp(low, high)
+        inside = codes == free
+        made: list[Tensor | None] = [gradient * inside if ctx.needs_input_grad[0] else None, None, None]
+        if ctx.needs_input_grad[1]:
+            made[1] = codes.sub_(offset).sub_(ratio.mul_(inside)).mul_(gradient).sum_to_size(scale.shape)
+        if ctx.needs_input_grad[2]:
+            made[2] = -(gradient * scale).masked_fill_(inside, 0).sum_to_size(zero.shape)
+        return (*made, None, None)
+
+
 def static_affine(x: Tensor, scale: Tensor, zero: Tensor, low: float, high: float) -> Tensor:
     """(clamp(round(x / scale) + round(zero), low, high) - round(zero)) * scale, differentiable in x, scale and zero.
 
-    x: any shape; scale, zero: broadcast. low, high: the codes.
+    x: any shape; scale, zero: broadcast to it. low, high: the codes.
     """
-    offset = round_ste(zero)
-    return ((round_ste(x / scale) + offset).clamp(low, high) - offset) * scale
+    made: Tensor = _Affine.apply(x, scale, zero, low, high)  # type: ignore[no-untyped-call]
+    return made
 
 
 # ---- quantisers that learn ----------------------------------------------------------------------------------------

@@ -60,7 +60,14 @@ from edgewise.formats.cache import write_aside
 from edgewise.models.loader import load
 from edgewise.models.static import install
 from edgewise.train.clipping import clipped_quantize
-from edgewise.train.equivalent import LINEARS, NORMS, BlockShape, transformed
+from edgewise.train.equivalent import (
+    LINEARS,
+    NORMS,
+    BlockShape,
+    factors_of,
+    transformed,
+    without_weights,
+)
 from edgewise.train.fake_quant import StaticAffine
 from edgewise.train.hooks import LayerInputs, gather, inputs_of_layers
 
@@ -205,12 +212,19 @@ class _Block(nn.Module):
 
     def quantised(self) -> dict[str, Tensor]:
         """Parameters under scales, clipping and rounding."""
-        made = self.folded()
-        for name, fmt in self.formats.items():
-            key, weight = name.replace(".", "/"), made[f"{name}.weight"]
-            made[f"{name}.weight"] = clipped_quantize(weight if weight.ndim == 2 else weight[None], self.upper[key],
-                                                      self.lower[key], fmt).reshape(weight.shape)
+        factors = factors_of(self.scales, self.shape)
+        made = without_weights(self.state, self.scales, self.shape, factors)
+        for name, change in factors.items():
+            made[f"{name}.weight"] = self._clipped(name, self.state[f"{name}.weight"], change.columns, change.rows)
+        for name in NORMS:
+            made[f"{name}.weight"] = self._clipped(name, made[f"{name}.weight"][None])[0]
         return made
+
+    def _clipped(self, name: str, weight: Tensor, columns: Tensor | None = None,
+                 rows: Tensor | None = None) -> Tensor:
+        key = name.replace(".", "/")
+        return clipped_quantize(weight, self.upper[key], self.lower[key], self.formats[name], columns=columns,
+                                rows=rows)
 
     @torch.no_grad()
     def bound_scales(self) -> None:
