@@ -91,7 +91,8 @@ def quantize(source: str | os.PathLike[str] | Checkpoint, method: str = "gptq", 
         os.fspath(source), offline=offline, progress=progress)
     blocks = _check_model(checkpoint, fmt, row)
     embedding_fmt = None if embedding is None else QuantFormat.parse(embedding)
-    sample = calibration_of(checkpoint, calibrate, WINDOWS[row.needs] if windows is None else windows,
+    usual = WINDOWS[row.needs] if row.windows is None else row.windows
+    sample = calibration_of(checkpoint, calibrate, usual if windows is None else windows,
                             asked=windows is not None, offline=offline, progress=progress)
     state = target.absolute().with_name(f".{target.name}.quantize")
     if state.exists() and not resume:

@@ -32,6 +32,7 @@ class Method:
     sequential: inputs come from the layers as already replaced.
     exact_zero: only formats in which zero is exact.
     run: how the result is meant to run, the "edgewise_run" of its config.json.
+    windows: of text that it takes where nobody says how many; None: as many as are usual for what it needs.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     sequential: bool = False
     exact_zero: bool = False
     run: tuple[tuple[str, str], ...] = ()
+    windows: int | None = None
 
     def call(self) -> Any:
         """The function itself. Raises MissingExtraError where its room needs what is not installed."""
@@ -111,7 +113,8 @@ METHODS: tuple[Method, ...] = (
            sequential=True, run=(("kv", "int4"),)),
     Method("mobilequant", "MobileQuant", "Tan et al., EMNLP Findings 2024, arXiv:2408.13933", "trained", "tokens",
            "int8/tensor/fp32/int", "edgewise.train.mobilequant:quantize", "edgewise.train.mobilequant:MobileQuant",
-           "scales between layers, clipping and static ranges of activations, learned together from end to end"),
+           "scales between layers, clipping and static ranges of activations, learned together from end to end",
+           windows=60),  # a sequence of 256 tokens for each of its 120 steps
     Method("edgeqat", "EdgeQAT", "Shen et al., 2024, arXiv:2402.10787", "trained", "tokens", "int4/tensor/fp32",
            "edgewise.train.edgeqat:quantize", "edgewise.train.edgeqat:EdgeQat",
            "trained with one learned scale per tensor, attention maps and the entropy of queries and keys as guides"),

@@ -61,7 +61,8 @@ def prune(source: str | os.PathLike[str] | Checkpoint, method: str = "wanda", sp
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(
         os.fspath(source), offline=offline, progress=progress)
     blocks_of(checkpoint)
-    sample = calibration_of(checkpoint, calibrate, WINDOWS[row.needs] if windows is None else windows,
+    usual = WINDOWS[row.needs] if row.windows is None else row.windows
+    sample = calibration_of(checkpoint, calibrate, usual if windows is None else windows,
                             asked=windows is not None, offline=offline, progress=progress)
     state = target.absolute().with_name(f".{target.name}.prune")
     if state.exists() and not resume:

@@ -131,7 +131,8 @@ PRUNERS: tuple[Method, ...] = (
            _HERE + "blocks_by_influence", _HERE + "Blocks", "whole layers that turn the states least are left out"),
     Method("modegpt", "MoDeGPT", "Lin et al., ICLR 2025, arXiv:2408.09632", "closed", "gram", "cut",
            _HERE + "decomposed", "edgewise.compress.lowrank.modegpt:ModeGpt",
-           "neurons and dimensions of heads go, and what they said is read out of those that stay"),
+           "neurons and dimensions of heads go, and what they said is read out of those that stay",
+           windows=64),  # a layer's 1,536 neurons are read out better from 32,768 tokens than from half of them
 )
 """`format` says what comes out: a mask (zeros) or a cut (smaller shapes). `needs` as for quantisation."""
 

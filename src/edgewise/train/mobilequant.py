@@ -262,14 +262,15 @@ class Learner:
     texts: (n, length) token ids. H and the loss are those after block `count - 1`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, texts: NDArray[Any], fmt: QuantFormat, config: MobileQuant) -> None:
+    def __init__(self, checkpoint: Checkpoint, texts: NDArray[Any], fmt: QuantFormat, config: MobileQuant, *,
+                 progress: Progress | None = None) -> None:
         if fmt.element.kind != "int" or fmt.granularity.kind == "group" or fmt.zero == "min" or fmt.scale != FP32:
             raise InvalidValueError(f"MobileQuant rounds weights to integers per tensor or output channel, such as "
                                     f"int8/tensor/fp32/int or int4/axis/fp32/int, with fp32 scales; given {fmt}")
         self.config, self.fmt, self.count = config, fmt, _count(checkpoint, config)
         self.model = load(checkpoint)
         if config.smooth:
-            self.checkpoint = smoothed(checkpoint, gather(self.model, texts), config)
+            self.checkpoint = smoothed(checkpoint, gather(self.model, texts, progress=progress), config)
             self.model = load(self.checkpoint)
         else:
             self.checkpoint = checkpoint
@@ -287,7 +288,7 @@ class Learner:
             self.blocks.append(_Block(dict(layer.named_parameters()), shape, sites, fmt, config))
         install(self.model, every)  # attention through ours from here on
         self.inputs = inputs_of_layers(self.model, texts)
-        self._watch()
+        self._watch(progress)
 
     @contextmanager
     def mode(self, name: Literal["float", "watch", "round"]) -> Iterator[None]:
@@ -299,12 +300,14 @@ class Learner:
             self._mode[0] = former
 
     @torch.no_grad()
-    def _watch(self) -> None:
+    def _watch(self, progress: Progress | None) -> None:
         """Ranges of every site on the float model, and with them its static rounding."""
         states = self.inputs.hidden
         with self.mode("watch"):
             for index in range(self.count):
                 states = [self.inputs.run(index, hidden) for hidden in states]
+                if progress is not None:
+                    progress("ranges of activations", index + 1, self.count)
         self.targets = states
         for block in self.blocks:
             for key, site in block.sites.items():
@@ -490,7 +493,7 @@ def quantize(checkpoint: Checkpoint, token_ids: NDArray[Any], fmt: QuantFormat, 
     """
     torch.manual_seed(config.seed)
     texts = _sequences(token_ids, config.length)
-    learner = Learner(checkpoint, texts, fmt, config)
+    learner = Learner(checkpoint, texts, fmt, config, progress=progress)
     if progress is not None:
         progress("learning", 0, config.steps)
     key = hashlib.sha256(np.ascontiguousarray(texts, np.int64).tobytes()).hexdigest()
