@@ -267,7 +267,7 @@ RECIPE = Recipe(
                   "calibration_windows": 24, "multiple": 8, "head_multiple": 2,
                   "speed": {"tokens": 16, "pairs": 3}, **_ALIKE},
         "small": {"model": "smollm2", "held_out": "lee_background", "text": "wikipedia_pages/calibration",
-                  "length": 512, "windows": 8, "calibration_windows": 16, "multiple": 32, "head_multiple": 4,
+                  "length": 512, "windows": 8, "calibration_windows": 64, "multiple": 32, "head_multiple": 4,
                   "speed": {"tokens": 64, "pairs": 15}, "seeds": 3, **_ALIKE},
         "paper": {"model": "smollm2", "held_out": "lee_background", "text": "wikipedia_pages/calibration",
                   "length": 2048, "windows": 16, "calibration_windows": 128, "multiple": 32, "head_multiple": 4,
