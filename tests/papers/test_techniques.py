@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgewise.compress.lowrank import decompose, ranks
+from edgewise.compress.lowrank.r_sparse import RSparse, decomposed, sparse_layer
 from edgewise.compress.prune import masks
 from edgewise.compress.quantize import awq, gptq, llm_int8, lorc, rtn
 from edgewise.compress.surgery import operations as surgery
@@ -12,7 +14,7 @@ from edgewise.core.budget import Budget
 from edgewise.core.checkpoint import Checkpoint
 from edgewise.core.device import Device, Tier, Unit
 from edgewise.core.errors import collect_notices
-from edgewise.core.numbers import QuantFormat
+from edgewise.core.numbers import FP32, QuantFormat
 from edgewise.core.storage import Dense
 from edgewise.engine import load
 from edgewise.engine.archs import plan_of
@@ -332,6 +334,55 @@ def test_p2_cut_units_are_fewer_bytes_and_operations():
     zeroed = surgery.zero(whole, gone)
     np.testing.assert_allclose(logits(surgery.cut(zeroed, keep)), logits(zeroed), rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(logits(surgery.cut(whole, {"0.width": range(128)})), logits(whole))
+
+
+def test_p3_inputs_chosen_for_each_token():
+    """Half of the inputs read: those that matter to a token, or one half for all tokens."""
+    rng = np.random.default_rng(0)
+    weight = (rng.standard_normal((48, 64)) * np.exp(0.5 * rng.standard_normal(64))).astype(np.float32)
+    calibration, x = (np.asarray(rng.standard_t(3, (tokens, 64)), np.float32) for tokens in (2000, 400))
+
+    def error(read):
+        return float(np.square((x * ~read) @ weight.T).sum())
+
+    layer = sparse_layer(Dense(weight, FP32), decomposed(weight, 0), calibration, RSparse(0.5, alpha=1.0))
+    seen = np.abs(x) > layer.threshold
+    assert seen.mean() == pytest.approx(0.5, abs=0.03)
+    static = np.square(calibration).mean(0) * np.square(weight).sum(0)
+    on, off = error(seen), error(np.broadcast_to(static >= np.median(static), x.shape))
+    assert on < 0.5 * off
+    whole = sparse_layer(Dense(weight, FP32), decomposed(weight, 0), calibration, RSparse(0.0, alpha=1.0))
+    assert not whole.threshold.any()
+    assert whole.weight.data is weight
+
+
+def test_r1_two_thin_factors_that_know_the_inputs():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 64)) @ (np.eye(64) + 0.3 * rng.standard_normal((64, 64)))
+    x *= np.exp(rng.standard_normal(64))
+    weight = rng.standard_normal((96, 64)) * np.exp(-np.arange(64) / 16) @ rng.standard_normal((64, 64)) / 8
+    gram = x.T @ x
+
+    def error(made):
+        return float(np.square((made - weight) @ x.T).sum())
+
+    off = [error(decompose.svd(weight, rank).dense()) for rank in (8, 16, 32)]
+    on = [error(decompose.whitened(weight, gram, rank).dense()) for rank in (8, 16, 32)]
+    assert all(on < off for on, off in zip(on, off, strict=True))
+    assert on == sorted(on, reverse=True)
+    np.testing.assert_allclose(decompose.whitened(weight, gram, 64).dense(), weight, rtol=0, atol=1e-10)
+    # By a few random vectors, and the factors rounded to 8 bits: hardly worse than the best of the rank.
+    chance = decompose.randomised(weight, 16)
+    coarse = [rtn.quantize_layer(part.astype(np.float32), QuantFormat.parse("int8")).dense()
+              for part in (chance.left, chance.right)]
+    least = np.square(decompose.svd(weight, 16).dense() - weight).sum()
+    assert least <= np.square(coarse[0] @ coarse[1] - weight).sum() < 1.1 * least
+    # A weight whose energy falls fast gives ranks to one whose does not.
+    spectra = [np.exp(-np.arange(32) / fall) for fall in (2.0, 20.0)]
+    shared = ranks.ranks_within(spectra, [(32, 32)] * 2, 2 * 8 * 64)
+    equal = sum(float(np.square(each[8:]).sum() / np.square(each).sum()) for each in spectra)
+    assert shared.ranks[0] < shared.ranks[1]
+    assert shared.dropped < equal
 
 
 @pytest.mark.slow

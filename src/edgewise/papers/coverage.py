@@ -92,12 +92,20 @@ ROWS: tuple[Row, ...] = (
         "cut", _TEST + "test_p2_cut_units_are_fewer_bytes_and_operations",
         "heads and neurons cut out: fewer bytes read and fewer products for each token, and the same answers where "
         "they were zero; off, all kept, the same bits", "masks that are learned under a target shape (Sheared-LLaMA)"),
-    Row("P3", _C, "contextual sparsity", "PowerInfer, arXiv:2312.12456"),
+    Row("P3", _C, "contextual sparsity", "PowerInfer, arXiv:2312.12456; R-Sparse, arXiv:2504.19449", "partial",
+        "edgewise.compress.lowrank.r_sparse", "sparse_layer", _TEST + "test_p3_inputs_chosen_for_each_token",
+        "half of the inputs, chosen for each token: under half of the product error of one half for all tokens; off, a "
+        "sparsity of nothing, every input is read and the weight is as it was",
+        "neurons predicted before their layer; hot and cold ones in memories of their own"),
     Row("D1", _C, "distillation", "MiniLLM, arXiv:2306.08543", "partial", "edgewise.train.distill", "distill",
         _TEST + "test_d1_a_student_comes_nearer_to_its_teacher",
         "a cut model comes nearer to the one it was cut from, by forward and by reverse KL and on policy; off, at a "
         "vanishing rate, it stays where it was", "the policy gradient of MiniLLM; sequence-level distillation"),
-    Row("R1", _C, "low-rank factors", "arXiv:2310.11028"),
+    Row("R1", _C, "low-rank factors", "arXiv:2310.11028; SVD-LLM, arXiv:2403.07378", "have",
+        "edgewise.compress.lowrank.decompose", "whitened", _TEST + "test_r1_two_thin_factors_that_know_the_inputs",
+        "correlated inputs: less product error than the SVD of the same rank, and less with each rank; off, all ranks, "
+        "the weight to rounding; random vectors and 8-bit factors: within a tenth of the least error; ranks go where "
+        "energy falls slowly"),
     Row("V1", _C, "a smaller vocabulary", "PanGu-pi Pro, arXiv:2402.02791"),
     Row("H1", _H, "edge runtimes: a native path and common files", "llama.cpp, MNN, ExecuTorch", "have",
         "edgewise.engine.loading", "load", _TEST + "test_h1_the_native_path_reads_packed_weights",
