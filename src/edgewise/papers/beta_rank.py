@@ -222,7 +222,7 @@ RECIPE = Recipe(
                   "epochs": 3, "after": 1, "batch": 16, "rate": 0.5, "ranking_batch": 32, "small_batch": 8,
                   "rankings": 3, "repeats": 1, "held_out_batch": 16},
         "small": {"size": 32, "depth": 2, "widths": [16, 32, 64], "pictures": 600, "held_out": 900,
-                  "shares": [70, 25, 5], "epochs": 20, "after": 10, "batch": 32, "rate": 0.4, "ranking_batch": 256,
+                  "shares": [70, 25, 5], "epochs": 30, "after": 10, "batch": 32, "rate": 0.4, "ranking_batch": 256,
                   "small_batch": 16, "rankings": 10, "repeats": 2, "held_out_batch": 64, "seeds": 3},
         "paper": {"size": 256, "depth": 9, "widths": [16, 32, 64], "pictures": 600, "held_out": 900,
                   "shares": [70, 25, 5], "epochs": 150, "after": 150, "batch": 16, "rate": 0.4, "ranking_batch": 16,

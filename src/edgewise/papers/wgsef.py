@@ -227,8 +227,10 @@ def _claims() -> tuple[Claim, ...]:
               "seconds per group at the most groups over those at the fewest", 2.0, "at-most"),
         Claim("A strong penalty leaves k groups or more", card, "fewest survivors over k, lambda of 1 and more", 1.0,
               "at-least"),
-        Claim("and not more than twice k, nine times of ten", card,
-              "share of regressions with at most twice k survivors, lambda of 2 and more", 0.9, "at-least"),
+        Claim("and not more than twice k, in any regression", card,
+              "share of regressions with at most twice k survivors, lambda of 2 and more", 1.0, "at-least",
+              why_not="One regression of ten ends with more, one seen had eleven for k = 5; the card's two had six "
+                      "to nine."),
         Claim("The largest are the true ones, nine times of ten", card,
               "share of regressions whose largest groups are the true ones, lambda up to 2", 0.9, "at-least",
               why_not="Of thirty draws all are right at lambda up to 0.2, 27 at 0.5, 24 at 1 and 18 at 2. Those that "
